@@ -1,0 +1,1 @@
+"""thinwire: send only what changed; prove that what arrived is the same."""

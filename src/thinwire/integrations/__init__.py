@@ -1,0 +1,1 @@
+"""The plug-in points of other libraries, one file each."""

@@ -1,0 +1,1 @@
+"""Tasks, small models and training recipes for demos, examples and benchmarks."""

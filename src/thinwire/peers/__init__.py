@@ -1,0 +1,1 @@
+"""Bytes straight to other machines."""

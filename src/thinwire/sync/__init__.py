@@ -1,0 +1,1 @@
+"""Action: publish, follow, catch up, collect garbage."""

@@ -1,0 +1,1 @@
+"""The test kit shipped to users: contract suites, strategies, fault injection."""
