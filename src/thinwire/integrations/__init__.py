@@ -1,1 +1,0 @@
-"""The plug-in points of other libraries, one file each."""

@@ -1,1 +1,0 @@
-"""Bytes straight to other machines."""
