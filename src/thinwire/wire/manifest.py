@@ -1,0 +1,212 @@
+"""A manifest: the commit of one version. It names its parent, its state's digest and every object with size and digest.
+
+The file is canonical JSON, ``{"signatures": [...], "signed": {...}}``; the digest of a manifest is the hash of the
+canonical bytes of ``signed``. Fields this version does not know are kept as they are, so that a tool that copies a
+manifest never drops what a newer publisher wrote.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from thinwire.errors import MalformedError, UnsupportedError
+from thinwire.wire import canonical
+from thinwire.wire.digests import check_digest, hasher
+from thinwire.wire.spec import MANIFEST_BYTES_MAX
+
+__all__ = ["DeltaRef", "Manifest", "ObjectRef", "Parent", "manifest_key", "version_of_key"]
+
+FORMAT_MANIFEST = "thinwire.manifest.v1"
+VERSION_MAX = 10**10 - 1
+SHARDS_MAX = 100_000
+PREFIX = "manifests/"
+
+
+def manifest_key(version: int) -> str:
+    """Key of a version's manifest; keys sort like versions.
+
+    >>> manifest_key(12)
+    'manifests/0000000012.json'
+    """
+    return f"{PREFIX}{version:010d}.json"
+
+
+def version_of_key(key: str) -> int | None:
+    """The version whose manifest has this key, or None."""
+    name = key.removeprefix(PREFIX).removesuffix(".json")
+    if len(name) == 10 and name.isascii() and name.isdigit() and key == manifest_key(int(name)):
+        return int(name)
+    return None
+
+
+def _int(value: Any, what: str, minimum: int = 0, maximum: int = 1 << 62) -> int:
+    if type(value) is not int or not minimum <= value <= maximum:
+        raise MalformedError(f"{what} must be an integer from {minimum} to {maximum}, not {str(value)[:40]}")
+    return value
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectRef:
+    """An immutable object: key, size in bytes, digest of its bytes."""
+
+    key: str
+    size: int
+    digest: str
+
+    def to_json(self) -> dict[str, Any]:
+        return {"digest": self.digest, "key": self.key, "size": self.size}
+
+    @classmethod
+    def from_json(cls, value: Any) -> ObjectRef:
+        if not isinstance(value, dict) or not isinstance(value.get("key"), str) or len(value["key"]) > 512:
+            raise MalformedError(f"not an object's reference: {str(value)[:80]}")
+        return cls(value["key"], _int(value.get("size"), "an object's size"), check_digest(value.get("digest")))
+
+
+@dataclass(frozen=True, slots=True)
+class DeltaRef:
+    """A patch that leads to this version from version ``base``, whose state has digest ``base_state``."""
+
+    base: int
+    base_state: str
+    object: ObjectRef
+
+
+@dataclass(frozen=True, slots=True)
+class Parent:
+    """The version before: its number and its manifest's digest."""
+
+    version: int
+    manifest: str
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """One version. ``anchor`` holds the shards of a full checkpoint, if this version has one.
+
+    ``anchor_version`` is the newest version at or before this one that has an anchor. ``facts`` are integers for
+    people and planners (state_bytes, elements, changed, created_ms); ``metadata`` is the user's.
+    """
+
+    version: int
+    state: str
+    hash: str
+    parent: Parent | None
+    tree: ObjectRef
+    deltas: tuple[DeltaRef, ...]
+    anchor: tuple[ObjectRef, ...]
+    anchor_version: int
+    step: int | None = None
+    facts: Mapping[str, int] = field(default_factory=dict)
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    signatures: tuple[Any, ...] = ()
+
+    def signed(self) -> dict[str, Any]:
+        """The part that digests and signatures cover, as JSON values."""
+        deltas = [{"base": d.base, "base_state": d.base_state, "object": d.object.to_json()} for d in self.deltas]
+        parent = self.parent and {"manifest": self.parent.manifest, "version": self.parent.version}
+        return {
+            **self.extra,
+            "anchor": [ref.to_json() for ref in self.anchor],
+            "anchor_version": self.anchor_version,
+            "deltas": deltas,
+            "facts": dict(self.facts),
+            "format": FORMAT_MANIFEST,
+            "hash": self.hash,
+            "metadata": dict(self.metadata),
+            "parent": parent,
+            "state": self.state,
+            "step": self.step,
+            "tree": self.tree.to_json(),
+            "version": self.version,
+        }
+
+    @property
+    def digest(self) -> str:
+        """Digest of the manifest, in hexadecimal."""
+        return hasher(self.hash)(canonical.dump(self.signed())).digest().hex()
+
+    @property
+    def anchor_bytes(self) -> int:
+        """Size of the full checkpoint, 0 if there is none."""
+        return sum(ref.size for ref in self.anchor)
+
+    def objects(self) -> tuple[ObjectRef, ...]:
+        """Every object this manifest names."""
+        return (self.tree, *(d.object for d in self.deltas), *self.anchor)
+
+    def encode(self) -> bytes:
+        """The file's bytes."""
+        return canonical.dump({"signatures": list(self.signatures), "signed": self.signed()})
+
+    @classmethod
+    def parse(cls, data: bytes) -> Manifest:
+        """Read a manifest.
+
+        Raises:
+            MalformedError: not canonical, or a field is missing or of the wrong type.
+            UnsupportedError: another format version or an unknown hash.
+        """
+        envelope = canonical.parse(data, bytes_max=MANIFEST_BYTES_MAX)
+        if not isinstance(envelope, dict) or set(envelope) != {"signatures", "signed"}:
+            raise MalformedError("a manifest is an object of 'signatures' and 'signed'")
+        value, signatures = envelope["signed"], envelope["signatures"]
+        if not isinstance(value, dict) or not isinstance(signatures, list):
+            raise MalformedError("a manifest's 'signed' or 'signatures' has the wrong type")
+        if value.get("format") != FORMAT_MANIFEST:
+            raise UnsupportedError(
+                f"manifest format {str(value.get('format'))[:40]!r}, known is {FORMAT_MANIFEST!r}; upgrade thinwire"
+            )
+        hasher(str(value.get("hash")))
+        return _from_signed(value, tuple(signatures))
+
+
+def _from_signed(value: dict[str, Any], signatures: tuple[Any, ...]) -> Manifest:
+    version = _int(value.get("version"), "version", 1, VERSION_MAX)
+    parent = None
+    if value.get("parent") is not None:
+        if not isinstance(value["parent"], dict):
+            raise MalformedError("a manifest's parent is not an object")
+        before = _int(value["parent"].get("version"), "parent's version", 1, version - 1)
+        parent = Parent(before, check_digest(value["parent"].get("manifest")))
+    anchor, deltas = value.get("anchor"), value.get("deltas")
+    if not isinstance(anchor, list) or not isinstance(deltas, list) or len(anchor) + len(deltas) > SHARDS_MAX:
+        raise MalformedError("a manifest's anchor or deltas is not a list, or is too long")
+    facts, metadata = value.get("facts"), value.get("metadata")
+    if not isinstance(facts, dict) or not isinstance(metadata, dict):
+        raise MalformedError("a manifest's facts or metadata is not an object")
+    if not all(isinstance(v, str) for v in metadata.values()):
+        raise MalformedError("a manifest's metadata are not strings")
+    step = value.get("step")
+    known = {
+        "anchor", "anchor_version", "deltas", "facts", "format", "hash", "metadata", "parent", "state", "step", "tree",
+        "version",
+    }  # fmt: skip
+    manifest = Manifest(
+        version=version,
+        state=check_digest(value.get("state")),
+        hash=str(value["hash"]),
+        parent=parent,
+        tree=ObjectRef.from_json(value.get("tree")),
+        deltas=tuple(_delta(d, version) for d in deltas),
+        anchor=tuple(ObjectRef.from_json(ref) for ref in anchor),
+        anchor_version=_int(value.get("anchor_version"), "anchor_version", 1, version),
+        step=None if step is None else _int(step, "step", -(1 << 62)),
+        facts={str(k): _int(v, f"fact {k}") for k, v in facts.items()},
+        metadata=metadata,
+        extra={k: v for k, v in value.items() if k not in known},
+        signatures=signatures,
+    )
+    if (manifest.anchor_version == version) != bool(manifest.anchor) or not (manifest.anchor or manifest.deltas):
+        raise MalformedError(f"version {version} has neither anchor nor delta, or misstates its anchor")
+    return manifest
+
+
+def _delta(value: Any, version: int) -> DeltaRef:
+    if not isinstance(value, dict):
+        raise MalformedError("a delta's reference is not an object")
+    base = _int(value.get("base"), "delta's base", 1, version - 1)
+    return DeltaRef(base, check_digest(value.get("base_state")), ObjectRef.from_json(value.get("object")))
