@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from thinwire.errors import DamagedObjectError, MisuseError, ObjectExistsError, ObjectNotFoundError
 from thinwire.stores.protocol import KEY_LENGTH_MAX, Blob, check_key
@@ -80,7 +80,7 @@ def views(data: Blob) -> list[memoryview]:
     return flat
 
 
-def slices(flat: list[memoryview], slice_bytes: int) -> Iterator[memoryview]:
+def slices(flat: Sequence[memoryview], slice_bytes: int) -> Iterator[memoryview]:
     """The same bytes in views of at most ``slice_bytes`` each, so that a huge buffer is never copied whole.
 
     >>> [bytes(piece) for piece in slices([memoryview(b"abcde"), memoryview(b"f")], 2)]

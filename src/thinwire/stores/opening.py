@@ -39,7 +39,7 @@ def open_store(url: str | os.PathLike[str], **options: Any) -> Store:
     'memory://shared'
     >>> open_store("nowhere://bucket")
     Traceback (most recent call last):
-    thinwire.errors.MisuseError: no store for 'nowhere://'; known: a path or file:// (a folder), ...
+    thinwire.errors.MisuseError: no store for 'nowhere://', and fsspec does not know it either; known: a path or ...
     """
     text = os.fspath(url)
     scheme, separator, rest = text.partition("://")
