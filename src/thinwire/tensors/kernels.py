@@ -12,7 +12,7 @@ from numba import njit
 from thinwire.wire.values import flip_mask, step_of, unstep
 from thinwire.wire.vector import LANES, differing_lanes, trailing_zeros
 
-__all__ = ["count_changed", "find_changed", "overwrite", "restore", "swap_absolute", "swap_steps"]
+__all__ = ["advance", "count_changed", "find_changed", "swap_absolute", "swap_steps"]
 
 Cells = npt.NDArray[np.unsignedinteger]
 Positions = npt.NDArray[np.uint32]
@@ -67,10 +67,13 @@ def _count(old, new):
 
 
 @njit(nogil=True, cache=True)
-def _overwrite(cells, new, offset, positions, first, last):
+def _advance(cells, offset, flip, spare, absolute, positions, codes, first, last):
     for k in range(first, last):
         i = np.int64(positions[k]) - offset
-        cells[i] = new[i]
+        if absolute:
+            cells[i] = codes[k]
+        else:
+            cells[i] = unstep(cells[i], codes[k], flip, spare)
 
 
 @njit(nogil=True, cache=True)
@@ -118,9 +121,12 @@ def count_changed(old: Cells, new: Cells) -> int:
     return int(_count(old, new))
 
 
-def overwrite(cells: Cells, new: Cells, offset: int, positions: Positions, first: int, last: int) -> None:
-    """Copy ``new`` into ``cells`` at ``positions[first:last] - offset`` only."""
-    _overwrite(cells, new, offset, positions, first, last)
+def advance(
+    cells: Cells, offset: int, positions: Positions, codes: Cells, first: int, last: int, *, is_float: bool, values: str
+) -> None:
+    """Apply the changes ``first:last``, all of which must lie in ``cells``; ``codes`` stay as they are."""
+    flip, spare = flip_mask(is_float, cells.itemsize), 64 - 8 * cells.itemsize
+    _advance(cells, offset, flip, spare, values == "absolute", positions, codes, first, last)
 
 
 def swap_steps(cells: Cells, offset: int, positions: Positions, codes: Cells, first: int, *, is_float: bool) -> int:
@@ -136,5 +142,3 @@ def swap_absolute(cells: Cells, offset: int, positions: Positions, codes: Cells,
     """Like :func:`swap_steps`, for codes that are new cells. Applied twice it restores the first state."""
     return int(_swap_absolute(cells, offset, positions, codes, first))
 
-
-restore = swap_absolute

@@ -1,0 +1,194 @@
+"""Reading a chain from a store: the newest version, manifests by number, objects that are what their manifest says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
+
+from thinwire.chain.trusted import TrustedChain
+from thinwire.errors import DamagedObjectError, MalformedError, ObjectNotFoundError, RefetchError, UnsupportedError
+from thinwire.stores.protocol import Get, List
+from thinwire.sync.retrying import retrying
+from thinwire.wire import canonical
+from thinwire.wire.digests import hasher
+from thinwire.wire.manifest import Manifest, ObjectRef, manifest_key, version_of_key
+from thinwire.wire.spec import MANIFEST_BYTES_MAX
+
+__all__ = ["HINT_KEY", "ReadableStore", "Remote", "hash_bytes", "hint_bytes"]
+
+HINT_KEY = "latest.json"
+"""Holds the newest version's number, to save a listing. It is a hint: what it says is never taken for true."""
+
+_AHEAD = 8
+
+
+class ReadableStore(Get, List, Protocol):
+    """What following a chain needs."""
+
+
+def hint_bytes(version: int) -> bytes:
+    """Content of the hint."""
+    return canonical.dump({"version": version})
+
+
+def hash_bytes(hash_name: str, data: Iterable[bytes | bytearray | memoryview]) -> str:
+    """Digest of an object given as buffers, in hexadecimal; BLAKE3 uses all cores for large buffers."""
+    if hash_name == "blake3":
+        import blake3
+
+        h = blake3.blake3(max_threads=blake3.blake3.AUTO)
+        for part in data:
+            h.update(part)
+        return h.digest().hex()
+    other = hasher(hash_name)(b"")
+    for part in data:
+        other.update(part)
+    return other.digest().hex()
+
+
+class Remote:
+    """A store's chain as one party sees it. Not to be used by two threads at once, but for :meth:`fetch`."""
+
+    def __init__(self, store: ReadableStore, *, retry_s: float, floor: int = 0, connections: int = 8) -> None:
+        self.store = store
+        self.retry_s = retry_s
+        self.connections = connections
+        self.chain = TrustedChain(floor=floor)
+
+    def manifest(self, version: int) -> Manifest:
+        """The manifest of ``version``, accepted by the chain.
+
+        Raises:
+            ObjectNotFoundError: there is no such version.
+            RefuseError: what is stored contradicts what has been accepted, twice.
+            RetryError: the store does not answer.
+        """
+        known = self.chain.manifests.get(version)
+        if known is not None:
+            return known
+        data = self._get_manifest(version)
+        try:
+            return self.chain.accept(data, version=version)
+        except (MalformedError, UnsupportedError):  # a short or mangled reply is not the store's last word
+            return self.chain.accept(self._get_manifest(version), version=version)
+
+    def manifests(self, versions: Iterable[int]) -> None:
+        """Fetch those manifests of ``versions`` that are missing, side by side; ones the store lacks are left out."""
+        missing = [v for v in versions if v not in self.chain.manifests]
+
+        def get(version: int) -> tuple[int, bytes | None]:
+            try:
+                return version, self._get_manifest(version)
+            except ObjectNotFoundError:
+                return version, None
+
+        with ThreadPoolExecutor(min(self.connections, max(len(missing), 1))) as pool:
+            for version, data in pool.map(get, missing):
+                if data is not None:
+                    try:
+                        self.chain.accept(data, version=version)
+                    except (MalformedError, UnsupportedError):
+                        self.manifest(version)
+
+    def newest(self) -> Manifest | None:
+        """The store's newest version, or None if it has none.
+
+        Raises:
+            UntrustedError: it is older than one that has been seen.
+        """
+        start = max(self._hint(), self.chain.floor)
+        listed = start
+        for info in retrying(lambda: list(self.store.list("manifests/", start_after=manifest_key(start))), limit_s=self.retry_s):
+            listed = max(listed, version_of_key(info.key) or 0)
+        found = self._at_or_after(listed)
+        if found is None and listed > self.chain.floor:  # the hint was of no use
+            versions = [
+                version_of_key(i.key) or 0
+                for i in retrying(lambda: list(self.store.list("manifests/")), limit_s=self.retry_s)
+            ]
+            found = self._at_or_after(max(versions, default=0))
+        if found is None and self.chain.floor:
+            found = self._at_or_after(self.chain.floor)
+        if found is not None:
+            self.chain.accept_newest(found.encode(), version=found.version)
+        return found
+
+    def after(self, version: int) -> Manifest | None:
+        """The newest version behind ``version``, or None: one request when there is none."""
+        found = self._next(version)
+        return None if found is None else self._at_or_after(found.version, found)
+
+    def _at_or_after(self, version: int, found: Manifest | None = None) -> Manifest | None:
+        """The newest version from ``version`` on; looks ahead one by one, then by a listing."""
+        if found is None:
+            try:
+                found = self.manifest(version) if version else None
+            except ObjectNotFoundError:
+                return None
+        if found is None:
+            found = self._next(0)
+        for _ in range(_AHEAD):
+            following = self._next(found.version) if found is not None else None
+            if following is None:
+                return found
+            found = following
+        assert found is not None
+        start = manifest_key(found.version)
+        listing = retrying(lambda: list(self.store.list("manifests/", start_after=start)), limit_s=self.retry_s)
+        versions = [v for info in listing if (v := version_of_key(info.key))]
+        return self.manifest(max(versions)) if versions else found
+
+    def _next(self, version: int) -> Manifest | None:
+        try:
+            return self.manifest(version + 1)
+        except ObjectNotFoundError:
+            return None
+
+    def _hint(self) -> int:
+        try:
+            data = retrying(lambda: self.store.get(HINT_KEY, size_max=4096), limit_s=self.retry_s)
+            value = canonical.parse(data, bytes_max=4096)
+            version = value.get("version") if isinstance(value, dict) else None
+            return version if type(version) is int and 0 < version < 10**10 else 0
+        except (RefetchError, MalformedError):
+            return 0
+
+    def _get_manifest(self, version: int) -> bytes:
+        key = manifest_key(version)
+        return retrying(lambda: self.store.get(key, size_max=MANIFEST_BYTES_MAX), limit_s=self.retry_s)
+
+    def fetch(self, ref: ObjectRef, hash_name: str) -> bytes:
+        """An object's bytes, which agree with their reference; one that does not is fetched once more.
+
+        Raises:
+            ObjectNotFoundError: it is not there.
+            DamagedObjectError: size or digest differ, twice.
+            RetryError: the store does not answer.
+        """
+        for last in (False, True):
+            try:
+                return self._fetch_once(ref, hash_name)
+            except DamagedObjectError:
+                if last:
+                    raise
+        raise AssertionError("unreachable")
+
+    def _fetch_once(self, ref: ObjectRef, hash_name: str) -> bytes:
+        data = retrying(lambda: self.store.get(ref.key, size_max=ref.size), limit_s=self.retry_s)
+        if len(data) != ref.size:
+            raise DamagedObjectError(
+                f"object {ref.key} has {len(data)} bytes, its manifest says {ref.size}",
+                key=ref.key,
+                expected=ref.size,
+                actual=len(data),
+            )
+        actual = hash_bytes(hash_name, [data])
+        if actual != ref.digest:
+            raise DamagedObjectError(
+                f"object {ref.key} has digest {actual}, its manifest says {ref.digest}",
+                key=ref.key,
+                expected=ref.digest,
+                actual=actual,
+            )
+        return data
