@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -37,13 +37,17 @@ def moto_endpoint() -> Iterator[str]:
         server.stop()
 
 
-def cloud_store(endpoint: str, *, url: str = "", **options: Any) -> CloudStore:
-    """A store in a fresh prefix of the test server's bucket, with short time-outs."""
-    defaults: dict[str, Any] = {
-        "endpoint": endpoint,
-        "region": "us-east-1",
-        "access_key_id": "testing",
-        "secret_access_key": "testing",
-        "stall_timeout_s": 20.0,
-    }
-    return CloudStore(url or f"s3://weights/{uuid.uuid4().hex}/nested", **(defaults | options))
+def connect_as(access_key_id: str, secret_access_key: str) -> Callable[..., CloudStore]:
+    """A function that opens a store in a fresh prefix of the bucket ``weights`` of a server, or at ``url``."""
+
+    def connect(endpoint: str, *, url: str = "", **options: Any) -> CloudStore:
+        defaults: dict[str, Any] = {
+            "endpoint": endpoint,
+            "region": "us-east-1",
+            "access_key_id": access_key_id,
+            "secret_access_key": secret_access_key,
+            "stall_timeout_s": 20.0,
+        }
+        return CloudStore(url or f"s3://weights/{uuid.uuid4().hex}/nested", **(defaults | options))
+
+    return connect

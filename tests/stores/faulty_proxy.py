@@ -11,7 +11,17 @@ from typing import Literal, Self
 from urllib.parse import urlsplit
 
 Kind = Literal[
-    "slow-down", "error-500", "conflict-409", "denied-403", "drop-request", "drop-reply", "stall", "half-reply"
+    "slow-down",
+    "error-500",
+    "conflict-409",
+    "denied-403",
+    "moved-301",
+    "drop-request",
+    "drop-reply",
+    "stall",
+    "half-reply",
+    "huge",
+    "no-ranges",
 ]
 
 _ANSWERS = {
@@ -19,7 +29,9 @@ _ANSWERS = {
     "error-500": (500, "InternalError"),
     "conflict-409": (409, "ConditionalRequestConflict"),
     "denied-403": (403, "AccessDenied"),
+    "moved-301": (301, "PermanentRedirect"),
 }
+_WHEN = "Fri, 20 Nov 2026 12:00:00 GMT"
 
 
 @dataclass
@@ -90,6 +102,7 @@ class FaultyProxy:
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    wbufsize = 1 << 16  # head and body in one packet: a delayed acknowledgement costs 40 ms
     owner: FaultyProxy
 
     def handle_any(self) -> None:
@@ -105,6 +118,17 @@ class _Handler(BaseHTTPRequestHandler):
                 self.owner.released.wait(timeout=60)
             self.close_connection = True
             return
+        if kind == "huge":
+            self.send_response_only(200)
+            for name, value in (("Content-Length", str(1 << 42)), ("ETag", '"x"'), ("Last-Modified", _WHEN)):
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.flush()
+            self.owner.released.wait(timeout=60)
+            self.close_connection = True
+            return
+        if kind == "no-ranges":
+            del self.headers["Range"]
         status, headers, reply = self._forward(body)
         if kind == "drop-reply":
             self.close_connection = True

@@ -14,7 +14,6 @@ The bytes are moved by obstore. What this file adds:
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -22,13 +21,11 @@ from functools import cached_property
 from typing import Any, final
 from urllib.parse import urlsplit
 
-from thinwire.errors import MisuseError, ObjectNotFoundError, StoreUnavailableError, ThinwireError, UnsupportedError
+from thinwire.errors import MisuseError, ObjectNotFoundError, StoreUnavailableError, UnsupportedError
 from thinwire.stores.checks import (
-    already_there,
     check_list,
     check_range,
     is_key,
-    not_there,
     slices,
     too_large,
     too_short,
@@ -44,8 +41,6 @@ CREATE_BYTES_MAX = 5 << 30  # of one request, by S3 and Azure
 _LIST_CHUNK = 1000
 _RETRY_FOR_S_MAX = 240.0  # retried requests are not signed anew
 _ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT", "AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT")
-_PASSING = {"RequestTimeout", "SlowDown", "OperationAborted", "ConditionalRequestConflict", "TooManyRequests"}
-_REGION = {"PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException"}
 
 
 @final
@@ -110,7 +105,7 @@ class CloudStore:
         if parts.scheme == "s3":  # the bulk request is missing on some servers, and we delete one by one
             config.setdefault("disable_bulk_delete", True)
         self._config = config
-        with self._seam(""):
+        with self._seam("anything", opening=True):
             _ = self._usual  # a wrong setting shows here, not at the first request
 
     @property
@@ -267,55 +262,18 @@ class CloudStore:
     # --- errors ------------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def _seam(self, key: str, asked: tuple[int, int] | None = None) -> Iterator[None]:
+    def _seam(self, key: str, *, asked: tuple[int, int] | None = None, opening: bool = False) -> Iterator[None]:
         """Everything obstore raises leaves as an error of ours."""
         from obstore.exceptions import BaseError
+
+        from thinwire.stores.cloud_errors import translate
 
         try:
             yield
         except (BaseError, OSError, ValueError) as error:
+            ours = translate(error, url=self._url, key=key or "a listing", asked=asked, opening=opening)
             # a shared access signature of Azure is part of the URL, which is part of obstore's error
-            raise self._translated(key, error, asked) from (None if "sig=" in str(error) else error)
-
-    def _translated(self, key: str, error: Exception, asked: tuple[int, int] | None) -> ThinwireError:
-        from obstore.exceptions import AlreadyExistsError, GenericError, PermissionDeniedError, UnauthenticatedError
-
-        text = str(error).split("\n\nDebug source")[0]
-        found = re.search(r"status code: (\d{3})", text)
-        status = int(found[1]) if found else None
-        found = re.search(r"<Code>(\w{1,64})</Code>", text)
-        code = found[1] if found else ""
-        what = re.sub(r"\?\S*", "", text.split("<?xml")[0]).strip()[:300] + (f" {code}" if code else "")
-        facts: dict[str, object] = {"key": key, "store": self._url, "status": status, "code": code}
-
-        if isinstance(error, AlreadyExistsError) and code not in _PASSING:
-            return already_there(self._url, key)
-        if code == "NoSuchBucket" or "ContainerNotFound" in code:
-            return MisuseError(
-                f"there is no bucket for {self._url}; make it, or check the name and the endpoint", **facts
-            )
-        if isinstance(error, FileNotFoundError):
-            return not_there(self._url, key)
-        if status == 416 and asked is not None:
-            return too_short(self._url, key, None, *asked)
-        if code in _REGION or (status is not None and 300 <= status < 400):
-            return MisuseError(f"{self._url} is in another region: set region=... or AWS_REGION ({what})", **facts)
-        if isinstance(error, PermissionDeniedError | UnauthenticatedError) or status in {401, 403}:
-            return MisuseError(
-                f"{self._url} refuses these credentials for {key or 'this'}; check them ({what})", **facts
-            )
-        if re.search(r"latest/api/token|security-credentials|metadata\.google|/metadata/identity", text):
-            return MisuseError(
-                f"no credentials for {self._url}: set them in the environment (for S3 AWS_ACCESS_KEY_ID and"
-                f" AWS_SECRET_ACCESS_KEY; skip_signature=True for a public bucket) ({what})",
-                **facts,
-            )
-        if "builder error" in text:
-            return MisuseError(f"the endpoint of {self._url} is no http:// or https:// URL ({what})", **facts)
-        passing = status is None or status >= 500 or status in {408, 409, 412, 429} or code in _PASSING
-        if isinstance(error, GenericError | AlreadyExistsError | OSError) and key and passing:
-            return StoreUnavailableError(f"{key} in {self._url}: no answer that counts; try again ({what})", **facts)
-        return MisuseError(f"{self._url} does not take this request for {key or 'a store'} ({what})", **facts)
+            raise ours from (None if "sig=" in str(error) else error)
 
     def __repr__(self) -> str:
         return f"CloudStore({self._url!r})"
