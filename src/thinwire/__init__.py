@@ -1,1 +1,51 @@
-"""thinwire: send only what changed; prove that what arrived is the same."""
+"""thinwire: send only what changed; prove that what arrived is the same.
+
+>>> import torch, thinwire
+>>> model = torch.nn.Linear(8, 8)
+>>> report = thinwire.Publisher("memory://doc-package").publish(model, step=0)
+>>> thinwire.Consumer("memory://doc-package").load(torch.nn.Linear(8, 8)).digest == report.digest
+True
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from thinwire.errors import ThinwireError
+    from thinwire.stores import open_store
+    from thinwire.sync.consumer import ApplyResult, Consumer, Version
+    from thinwire.sync.publisher import Publisher, PublishReport
+
+__version__ = "0.1.0"
+__all__ = [
+    "ApplyResult",
+    "Consumer",
+    "PublishReport",
+    "Publisher",
+    "ThinwireError",
+    "Version",
+    "__version__",
+    "open_store",
+]
+
+_HOMES = {
+    "ApplyResult": "thinwire.sync.consumer",
+    "Consumer": "thinwire.sync.consumer",
+    "PublishReport": "thinwire.sync.publisher",
+    "Publisher": "thinwire.sync.publisher",
+    "ThinwireError": "thinwire.errors",
+    "Version": "thinwire.sync.consumer",
+    "open_store": "thinwire.stores",
+}
+
+
+def __getattr__(name: str) -> Any:  # torch and numba are imported when they are first needed
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'thinwire' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,346 @@
+"""The consumer: brings a model to the newest version in a store and keeps it there, bit for bit."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from thinwire.chain.plan import Hop
+from thinwire.errors import (
+    MalformedError,
+    MisuseError,
+    NoPathError,
+    ObjectNotFoundError,
+    RebaseError,
+    RefetchError,
+    StoreUnavailableError,
+)
+from thinwire.stores import open_store
+from thinwire.sync.apply import apply_patch
+from thinwire.sync.encode import Progress
+from thinwire.sync.host import Fetched, HostState, fetch_path, fetch_state
+from thinwire.sync.layout import Layout
+from thinwire.sync.remote import ReadableStore, Remote
+from thinwire.sync.retrying import jittered
+from thinwire.sync.target import Target
+from thinwire.wire.digests import Tree
+from thinwire.wire.manifest import Manifest, manifest_key
+from thinwire.wire.patch import Patch
+
+__all__ = ["ApplyResult", "Consumer", "Version"]
+
+Model = torch.nn.Module | Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class ApplyResult:
+    """What brought the model to ``version``, whose state has ``digest`` (computed from the model's own memory).
+
+    ``path`` is ``anchor``, ``delta`` or ``anchor+delta``; ``hops`` counts patches; ``seconds`` by stage: ``fetch``,
+    ``decode``, ``apply`` (with the hashing of most blocks), ``verify``, ``total``.
+    """
+
+    version: int
+    step: int | None
+    digest: str
+    path: str
+    hops: int
+    bytes_fetched: int
+    changed: int
+    seconds: Mapping[str, float]
+
+
+class Version:
+    """A version that is newer than the one held. Its objects have been fetched; nothing has been applied."""
+
+    def __init__(self, consumer: Consumer, manifest: Manifest, fetched: Fetched | None) -> None:
+        self._consumer, self._fetched, self.manifest = consumer, fetched, manifest
+
+    @property
+    def number(self) -> int:
+        """The version's number in the chain."""
+        return self.manifest.version
+
+    @property
+    def step(self) -> int | None:
+        """The trainer's step, as it was given to ``publish``."""
+        return self.manifest.step
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """The trainer's metadata, as they were given to ``publish``."""
+        return self.manifest.metadata
+
+    def apply(self, model: Model, *, progress: Progress | None = None) -> ApplyResult:
+        """Bring ``model`` to this version, in place; it must be the model that the consumer loaded or applied last.
+
+        The model is at every moment some published version, exactly. Patches are applied one by one, each proved by
+        the digest of the result before the next begins, and undone if it is not proved; then the next-best way is
+        taken, at last the newest anchor.
+
+        Raises:
+            NoPathError: no intact objects lead here. The model is as it was, or at a version on the way
+                (``consumer.version``).
+            MisuseError: the model has other tensors than the version.
+            RetryError: the store does not answer.
+        """
+        return self._consumer._apply(self.manifest, self._fetched, model, progress)
+
+    def __repr__(self) -> str:
+        return f"<Version {self.number} step={self.step} state={self.manifest.state[:12]}>"
+
+
+class Consumer:
+    """Follows the versions in a store.
+
+    Args:
+        store: a folder, ``s3://``, ``gs://``, ``az://``, ``memory://`` or any fsspec URL; or a store that can get and
+            list.
+        poll_s: seconds between two looks for a new version, on average; each wait is jittered by half.
+        retry_s: how long one request is retried while the store fails.
+        floor: never take a version older than this for the newest (the highest one seen before a restart).
+        threads: threads for decoding and hashing; 0 means one a core.
+
+    A consumer holds no copy of the model. It knows which version the model is at and leaves the proof to the digest.
+
+    >>> import torch, thinwire
+    >>> trained, served = torch.nn.Linear(16, 16), torch.nn.Linear(16, 16)
+    >>> publisher = thinwire.Publisher("memory://doc-consumer")
+    >>> _ = publisher.publish(trained, step=0)
+    >>> consumer = thinwire.Consumer("memory://doc-consumer")
+    >>> consumer.load(served).version
+    1
+    >>> torch.equal(served.weight, trained.weight)
+    True
+    """
+
+    def __init__(
+        self,
+        store: str | ReadableStore,
+        *,
+        poll_s: float = 0.5,
+        retry_s: float = 30.0,
+        floor: int = 0,
+        threads: int = 0,
+    ) -> None:
+        if poll_s <= 0 or retry_s < 0:
+            raise MisuseError("poll_s must be positive and retry_s not negative")
+        self.store: ReadableStore = open_store(store) if isinstance(store, str) else store
+        self.poll_s, self.threads = poll_s, threads
+        self._remote = Remote(self.store, retry_s=retry_s, floor=floor)
+        self._avoid: set[str] = set()
+        self._held: Manifest | None = None
+        self._aliases: dict[str, str] = {}
+        self._layouts: dict[str, Layout] = {}
+
+    @property
+    def version(self) -> int | None:
+        """The version that the model is at; None before :meth:`load`."""
+        return None if self._held is None else self._held.version
+
+    @property
+    def digest(self) -> str | None:
+        """Digest of the state that the model is at."""
+        return None if self._held is None else self._held.state
+
+    # --- loading ---------------------------------------------------------------------------------------------------
+
+    def load(
+        self, model: Model, *, version: int | None = None, timeout_s: float = 60.0, progress: Progress | None = None
+    ) -> ApplyResult:
+        """Bring ``model`` to the newest version, or to ``version``, from whatever is cheapest.
+
+        The state is built and proved aside; the model is written at the very end. Waits up to ``timeout_s`` for a
+        first version to appear.
+
+        Raises:
+            StoreUnavailableError: no version appeared in time.
+            NoPathError: there is no such version, or no intact objects lead to it.
+            MisuseError: the model has other tensors, data types or shapes.
+        """
+        began = time.perf_counter()
+        state = self.fetch(version=version, timeout_s=timeout_s, progress=progress)
+        target = Target(model, state.layouts, state.aliases, read=False)
+        target.write(state.cells)
+        manifest = self._remote.chain.manifests[state.version]
+        self._hold(manifest, state.layouts, state.aliases)
+        seconds = {**state.seconds, "total": time.perf_counter() - began}
+        path = "anchor+delta" if state.hops else "anchor"
+        changed = sum(layout.cells for layout in state.layouts.values())
+        return ApplyResult(
+            state.version, manifest.step, state.digest, path, state.hops, state.bytes_fetched, changed, seconds
+        )
+
+    def fetch(
+        self, *, version: int | None = None, timeout_s: float = 60.0, progress: Progress | None = None
+    ) -> HostState:
+        """The state of a version (the newest by default) in host memory, proved; no model is touched.
+
+        Raises:
+            StoreUnavailableError, NoPathError: as :meth:`load`.
+        """
+        manifest = self._wait_for_first(timeout_s) if version is None else self._manifest(version)
+        return fetch_state(self._remote, manifest, avoid=set(self._avoid), threads=self.threads, progress=progress)
+
+    def _manifest(self, version: int) -> Manifest:
+        try:
+            return self._remote.manifest(version)
+        except ObjectNotFoundError as error:
+            raise NoPathError(f"there is no version {version} in this store", version=version) from error
+
+    def _wait_for_first(self, timeout_s: float) -> Manifest:
+        deadline = time.monotonic() + timeout_s
+        while True:
+            found = self._remote.newest()
+            if found is not None:
+                return found
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise StoreUnavailableError(
+                    f"no version has appeared in the store within {timeout_s:g} s; is the publisher running?"
+                )
+            time.sleep(min(jittered(self.poll_s), left))
+
+    def _hold(self, manifest: Manifest, layouts: Mapping[str, Layout], aliases: Mapping[str, str]) -> None:
+        self._held, self._layouts, self._aliases = manifest, dict(layouts), dict(aliases)
+
+    def adopt(self, state: HostState) -> None:
+        """Go on from a state that was fetched with :meth:`fetch` (and, say, written to a file)."""
+        self._hold(self._manifest(state.version), state.layouts, state.aliases)
+
+    # --- following -------------------------------------------------------------------------------------------------
+
+    def poll(self, *, every: bool = False) -> Version | None:
+        """The newest version behind the one held, or None; with ``every``, the very next one. Does not wait.
+
+        Raises:
+            MisuseError: nothing has been loaded yet.
+            RetryError: the store does not answer.
+        """
+        held = self._require_held()
+        found = self._remote.after(held.version)
+        if found is None:
+            return None
+        if every and found.version > held.version + 1:
+            found = self._manifest(held.version + 1)
+        try:
+            fetched: Fetched | None = self._fetch_to(found, held)
+        except NoPathError:
+            fetched = None  # apply() will say so, with the reason
+        return Version(self, found, fetched)
+
+    def follow(self, *, every: bool = False, timeout_s: float | None = None) -> Iterator[Version]:
+        """Yield each newer version as it appears, its objects already fetched; blocks between them.
+
+        When several have appeared meanwhile the newest is yielded, or with ``every`` each in turn. A version that is
+        not applied is yielded again, or a newer one instead. Ends when none appears for ``timeout_s`` (None: never).
+        """
+        self._require_held()
+        last = time.monotonic()
+        while True:
+            version = self.poll(every=every)
+            if version is not None:
+                yield version
+                last = time.monotonic()
+                if self.version == version.number:
+                    continue
+            if timeout_s is not None and time.monotonic() - last >= timeout_s:
+                return
+            self._wait()
+
+    def _wait(self) -> None:
+        """Until a new version may be there: on a notification where the store has one, else for the poll interval."""
+        held = self._require_held()
+        notified = getattr(self.store, "wait_for", None)
+        if notified is not None:
+            notified(manifest_key(held.version + 1), timeout_s=jittered(self.poll_s))
+        else:
+            time.sleep(jittered(self.poll_s))
+
+    def _require_held(self) -> Manifest:
+        if self._held is None:
+            raise MisuseError("load a version first: consumer.load(model)")
+        return self._held
+
+    def _fetch_to(self, manifest: Manifest, held: Manifest) -> Fetched:
+        return fetch_path(self._remote, manifest, have=held.version, have_state=held.state, avoid=self._avoid)
+
+    # --- applying --------------------------------------------------------------------------------------------------
+
+    def _apply(
+        self, manifest: Manifest, fetched: Fetched | None, model: Model, progress: Progress | None
+    ) -> ApplyResult:
+        began = time.perf_counter()
+        seconds = {"fetch": 0.0, "decode": 0.0, "apply": 0.0, "verify": 0.0}
+        bytes_fetched = hops = changed = 0
+        while True:
+            held = self._require_held()
+            if held.version >= manifest.version:
+                break
+            if fetched is None:
+                fetched = self._fetch_to(manifest, held)
+            seconds["fetch"] += fetched.seconds
+            bytes_fetched += fetched.size
+            if fetched.path.anchor_version is not None:
+                return self._apply_anchor(manifest, model, began, seconds, bytes_fetched, progress)
+            target = Target(model, self._layouts, self._aliases, read=True)
+            for hop, data in zip(fetched.path.hops, fetched.patches, strict=True):
+                if not self._hop(hop, data, target, seconds, progress):
+                    break
+                hops += 1
+                changed += self._remote.chain.manifests[hop.version].facts.get("changed", 0)
+            fetched = None
+        seconds["total"] = time.perf_counter() - began
+        assert self._held is not None
+        return ApplyResult(
+            self._held.version, self._held.step, self._held.state, "delta", hops, bytes_fetched, changed, seconds
+        )
+
+    def _hop(self, hop: Hop, data: bytes, target: Target, seconds: dict[str, float], progress: Progress | None) -> bool:
+        """Apply one patch; False if it does not fit, which leaves everything as it was and the patch avoided."""
+        manifest = self._remote.chain.manifests[hop.version]
+        layouts = dict(target.layouts)
+        try:
+            patch = Patch.parse(data)
+            if any(row.kind != "sparse" for row in patch.rows) or patch.removed:
+                raise RebaseError("the version has other tensors than the model")
+            if (patch.parent, patch.result) != (hop.delta.base_state, manifest.state):
+                raise MalformedError("the patch leads elsewhere than its manifest says")
+            report = apply_patch(
+                patch, layouts, target.cells, aliases=self._aliases, threads=self.threads, progress=progress
+            )
+        except (RefetchError, RebaseError, MalformedError):
+            self._avoid.add(hop.delta.object.key)
+            return False
+        target.commit()
+        for stage in ("decode", "apply", "verify"):
+            seconds[stage] += report.seconds[stage]
+        self._hold(manifest, layouts, report.tree.aliases)
+        return True
+
+    def _apply_anchor(
+        self,
+        manifest: Manifest,
+        model: Model,
+        began: float,
+        seconds: dict[str, float],
+        bytes_fetched: int,
+        progress: Progress | None,
+    ) -> ApplyResult:
+        del bytes_fetched  # fetched again below, in one piece with the state
+        result = self.load(model, version=manifest.version, progress=progress)
+        merged = {k: seconds.get(k, 0.0) + v for k, v in result.seconds.items()}
+        merged["total"] = time.perf_counter() - began
+        return ApplyResult(
+            result.version, result.step, result.digest, result.path, result.hops, result.bytes_fetched,
+            result.changed, merged,
+        )  # fmt: skip
+
+    def tree(self) -> Tree | None:
+        """The published tree of the version held: the digest of each tensor, to tell which one diverged."""
+        if self._held is None:
+            return None
+        return Tree.parse(self._remote.fetch(self._held.tree, self._held.hash))

@@ -1,0 +1,413 @@
+"""The publisher: turns each state of a model into a committed version in a store."""
+
+from __future__ import annotations
+
+import secrets
+import threading
+import time
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Literal, overload
+
+import torch
+
+from thinwire.errors import (
+    ConflictError,
+    MisuseError,
+    NoPathError,
+    ObjectExistsError,
+    ObjectNotFoundError,
+    RefetchError,
+    RetryError,
+    UnsafeStoreError,
+)
+from thinwire.stores import Store, open_store
+from thinwire.stores.probe import enforces_create
+from thinwire.sync.anchor import write_shards
+from thinwire.sync.encode import Options, Progress, Snapshot, make_patch, take_snapshot
+from thinwire.sync.host import fetch_state, snapshot_of
+from thinwire.sync.layout import StateSource
+from thinwire.sync.remote import HINT_KEY, Remote, hash_bytes, hint_bytes
+from thinwire.sync.retrying import retrying
+from thinwire.tensors.tree import state_of
+from thinwire.wire.manifest import DeltaRef, Manifest, ObjectRef, Parent, manifest_key
+from thinwire.wire.patch import Patch
+from thinwire.wire.spec import HASHES, MANIFEST_BYTES_MAX
+
+__all__ = ["PublishReport", "Publisher"]
+
+Model = torch.nn.Module | Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class PublishReport:
+    """One published version.
+
+    ``kind`` is ``delta``, ``anchor`` or ``delta+anchor``; sizes are in bytes, ``full_bytes`` being that of the state;
+    ``density`` is the share of changed elements. ``seconds`` by stage: ``base`` (first publish only), ``encode`` (diff,
+    encode, hash in one pass), ``upload``, ``commit``, ``total``.
+    """
+
+    version: int
+    step: int | None
+    digest: str
+    kind: str
+    patch_bytes: int
+    anchor_bytes: int
+    total_bytes: int
+    full_bytes: int
+    changed: int
+    elements: int
+    density: float
+    seconds: Mapping[str, float]
+
+
+@dataclass(slots=True)
+class _Pending:
+    """A version that is made but not committed: what to upload, then the manifest."""
+
+    manifest: Manifest
+    uploads: list[tuple[ObjectRef, list[bytes | memoryview]]]
+    report: PublishReport
+    began: float
+
+
+class Publisher:
+    """Publishes versions of one model to a store, each as a patch against the one before.
+
+    Args:
+        store: a folder, ``s3://``, ``gs://``, ``az://``, ``memory://`` or any fsspec URL; or a
+            :class:`~thinwire.stores.Store`.
+        dtype: publish floating-point tensors of 16 bits or more as this dtype (``torch.bfloat16`` for fp32 masters
+            that are served in bf16), rounded as ``tensor.to(dtype)`` does.
+        level: ``fast``, ``small`` or ``smallest``; see ``docs/levels.md``.
+        values: ``ulp`` (steps; smaller) or ``absolute`` (new values; applying twice does no harm).
+        hash: ``blake3`` or ``sha256``.
+        anchor_ratio: write a full anchor when the patches since the last one have so many times its size.
+        anchor_every: and at the latest after so many versions.
+        single_publisher: publish to a store that does not enforce create-only writes. Two publishers could then both
+            believe that they wrote a version: only one may ever run.
+        shard_bytes_max: size of an anchor's files.
+        threads: threads for diff, encoding and hashing; 0 means one a core.
+        retry_s: how long one request is retried while the store fails.
+
+    One snapshot of the last published state is kept in host memory. A publisher that starts on a store with versions
+    in it goes on from the newest one; its base is proved by digest, and no anchor is needed for that.
+
+    Raises:
+        ConflictError: (any call) another publisher has written the next version. Start a new publisher.
+        UnsafeStoreError: (first publish) the store does not enforce create-only writes.
+        RetryError: the store fails for longer than ``retry_s``. Nothing is lost: the version stays pending and goes out
+            with the next call of :meth:`publish` or :meth:`flush`.
+
+    >>> import torch, thinwire
+    >>> model = torch.nn.Linear(16, 16)
+    >>> publisher = thinwire.Publisher("memory://doc-publisher")
+    >>> publisher.publish(model, step=0).kind
+    'anchor'
+    >>> with torch.no_grad():
+    ...     _ = model.weight[0].add_(1.0)
+    >>> report = publisher.publish(model, step=1)
+    >>> report.kind, report.version, report.changed
+    ('delta', 2, 16)
+    """
+
+    def __init__(
+        self,
+        store: str | Store,
+        *,
+        dtype: torch.dtype | None = None,
+        level: str = "small",
+        values: str = "ulp",
+        hash: str = "blake3",
+        anchor_ratio: float = 1.0,
+        anchor_every: int | None = None,
+        single_publisher: bool = False,
+        shard_bytes_max: int = 1 << 30,
+        threads: int = 0,
+        retry_s: float = 60.0,
+    ) -> None:
+        if hash not in HASHES:
+            raise MisuseError(f"hash must be one of {', '.join(HASHES)}, not {hash!r}")
+        if anchor_ratio <= 0 or (anchor_every is not None and anchor_every < 1) or shard_bytes_max < 1:
+            raise MisuseError("anchor_ratio, anchor_every and shard_bytes_max must be positive")
+        self.store: Store = open_store(store) if isinstance(store, str) else store
+        self.dtype, self.options, self.hash = dtype, Options(level, values, threads), hash
+        self.anchor_ratio, self.anchor_every = anchor_ratio, anchor_every
+        self.single_publisher, self.shard_bytes_max, self.retry_s = single_publisher, shard_bytes_max, retry_s
+        self._remote = Remote(self.store, retry_s=retry_s)
+        self._opened = False
+        self._head: Manifest | None = None
+        self._chain_bytes = 0
+        self._snapshot: Snapshot | None = None
+        self._pending: _Pending | None = None
+        self._background: Future[PublishReport] | None = None
+        self._pool: ThreadPoolExecutor | None = None
+        self._lock = threading.Lock()
+
+    @overload
+    def publish(self, model: Model, *, step: int | None = ..., metadata: Mapping[str, str] | None = ..., wait: Literal[True] = ..., progress: Progress | None = ...) -> PublishReport: ...  # fmt: skip  # noqa: E501
+
+    @overload
+    def publish(self, model: Model, *, step: int | None = ..., metadata: Mapping[str, str] | None = ..., wait: Literal[False], progress: Progress | None = ...) -> Future[PublishReport]: ...  # fmt: skip  # noqa: E501
+
+    def publish(
+        self,
+        model: Model,
+        *,
+        step: int | None = None,
+        metadata: Mapping[str, str] | None = None,
+        wait: bool = True,
+        progress: Progress | None = None,
+    ) -> PublishReport | Future[PublishReport]:
+        """Publish the model's state as the next version.
+
+        With ``wait=False`` only the pass over memory happens now (the model may be changed as soon as this returns);
+        upload and commit go on in the background, and the future gives the report. The next call waits for them, so
+        that at most one version is ever under way.
+
+        ``metadata`` (strings) is stored in the manifest. ``progress`` is called with bytes done and bytes in all.
+        """
+        with self._lock:
+            self._settle()
+            began = time.perf_counter()
+            self._open()
+            self._pending = self._prepare(model, step, dict(metadata or {}), began, progress)
+            if wait:
+                return self._commit()
+            if self._pool is None:
+                self._pool = ThreadPoolExecutor(1, thread_name_prefix="thinwire-publish")
+            self._background = self._pool.submit(self._commit)
+            return self._background
+
+    def flush(self) -> PublishReport | None:
+        """Wait for the version under way, trying again if it failed; its report, or None if there is none.
+
+        Raises:
+            RetryError, ConflictError: as :meth:`publish`.
+        """
+        with self._lock:
+            return self._settle()
+
+    def close(self) -> None:
+        """Wait for the version under way and stop the background thread."""
+        try:
+            self.flush()
+        finally:
+            if self._pool is not None:
+                self._pool.shutdown(wait=True)
+                self._pool = None
+
+    def __enter__(self) -> Publisher:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    # --- the chain's end -------------------------------------------------------------------------------------------
+
+    def _settle(self) -> PublishReport | None:
+        """Bring the version under way to its end."""
+        report = None
+        if self._background is not None:
+            background, self._background = self._background, None
+            with suppress(RetryError):
+                report = background.result()
+        if self._pending is not None:
+            report = self._commit()
+        return report
+
+    def _open(self) -> None:
+        if self._opened:
+            return
+        if not self.single_publisher and not enforces_create(self.store):
+            raise UnsafeStoreError(
+                f"{self.store.url} overwrites objects that were to be created only, so two publishers could both win a "
+                "version. Use another store, or pass single_publisher=True if only one publisher ever runs",
+                store=self.store.url,
+            )
+        self._head = self._remote.newest()
+        if self._head is not None:
+            if self._head.hash != self.hash:
+                raise MisuseError(f"the chain in {self.store.url} uses hash={self._head.hash!r}, not {self.hash!r}")
+            self._remote.manifests(range(self._head.anchor_version, self._head.version))
+            self._chain_bytes = self._bytes_since_anchor(self._head)
+        self._opened = True
+
+    def _bytes_since_anchor(self, head: Manifest) -> int:
+        total = 0
+        for version in range(head.anchor_version + 1, head.version + 1):
+            manifest = self._remote.chain.manifests.get(version)
+            total += min((d.object.size for d in manifest.deltas), default=0) if manifest else 0
+        return total
+
+    # --- making a version ------------------------------------------------------------------------------------------
+
+    def _base(self, source: StateSource) -> Snapshot | None:
+        """The head's state, proved: from memory, from the model itself, or rebuilt from the store. None: no base."""
+        if self._snapshot is not None and self._snapshot.intact:
+            return self._snapshot
+        if self._head is None:
+            return None
+        fresh = take_snapshot(source, hash_name=self.hash, threads=self.options.threads)
+        if fresh.tree.digest == self._head.state:
+            return fresh
+        del fresh
+        try:
+            held = fetch_state(self._remote, self._head, threads=self.options.threads)
+        except (NoPathError, RefetchError):
+            return None
+        return snapshot_of(held, hash_name=self.hash, threads=self.options.threads)
+
+    def _prepare(
+        self, model: Model, step: int | None, metadata: dict[str, str], began: float, progress: Progress | None
+    ) -> _Pending:
+        source = StateSource(state_of(model, cast=self.dtype))
+        base = self._base(source)
+        based = time.perf_counter()
+        patch: Patch | None = None
+        if base is None:
+            self._snapshot = take_snapshot(source, hash_name=self.hash, threads=self.options.threads)
+        else:
+            self._snapshot = base
+            patch = make_patch(base, source, self.options, progress=progress)
+        encoded = time.perf_counter()
+        return self._assemble(patch, step, metadata, began, {"base": based - began, "encode": encoded - based})
+
+    def _wants_anchor(self, patch_bytes: int, full_bytes: int) -> bool:
+        head = self._head
+        if head is None:
+            return True
+        by_count = self.anchor_every is not None and head.version + 1 - head.anchor_version >= self.anchor_every
+        return by_count or self._chain_bytes + patch_bytes > self.anchor_ratio * full_bytes
+
+    def _assemble(
+        self, patch: Patch | None, step: int | None, metadata: dict[str, str], began: float, seconds: dict[str, float]
+    ) -> _Pending:
+        snapshot, head = self._snapshot, self._head
+        assert snapshot is not None
+        version = head.version + 1 if head is not None else 1
+        prefix = f"objects/{version:010d}-{secrets.token_hex(6)}/"
+        uploads: list[tuple[ObjectRef, list[bytes | memoryview]]] = []
+
+        def add(name: str, buffers: list[bytes | memoryview]) -> ObjectRef:
+            size = sum(len(b) for b in buffers)
+            ref = ObjectRef(prefix + name, size, hash_bytes(self.hash, buffers))
+            uploads.append((ref, buffers))
+            return ref
+
+        tree = add("tree.json", [snapshot.tree.encode()])
+        deltas: tuple[DeltaRef, ...] = ()
+        if patch is not None and head is not None:
+            ref = add("delta.safetensors", patch.encode())
+            deltas = (DeltaRef(head.version, patch.parent, ref),)
+        patch_bytes = sum(d.object.size for d in deltas)
+        anchor: tuple[ObjectRef, ...] = ()
+        if patch is None or self._wants_anchor(patch_bytes, snapshot.size):
+            meta = {"thinwire.version": str(version), "thinwire.state": snapshot.tree.digest}
+            shards = write_shards(
+                snapshot.layouts, snapshot.cells, snapshot.aliases,
+                metadata=meta, shard_bytes_max=self.shard_bytes_max,
+            )  # fmt: skip
+            anchor = tuple(add(shard.name, shard.buffers) for shard in shards)
+        elements = sum(layout.cells for layout in snapshot.layouts.values())
+        changed = patch.changed if patch is not None else elements
+        manifest = Manifest(
+            version=version,
+            state=snapshot.tree.digest,
+            hash=self.hash,
+            parent=None if head is None else Parent(head.version, head.digest),
+            tree=tree,
+            deltas=deltas,
+            anchor=anchor,
+            anchor_version=version if anchor or head is None else head.anchor_version,
+            step=step,
+            facts={
+                "changed": changed,
+                "created_ms": time.time_ns() // 10**6,
+                "elements": elements,
+                "state_bytes": snapshot.size,
+            },
+            metadata=metadata,
+        )
+        report = PublishReport(
+            version=version,
+            step=step,
+            digest=snapshot.tree.digest,
+            kind="+".join(k for k, there in (("delta", deltas), ("anchor", anchor)) if there),
+            patch_bytes=patch_bytes,
+            anchor_bytes=sum(ref.size for ref in anchor),
+            total_bytes=sum(ref.size for ref, _ in uploads) + len(manifest.encode()),
+            full_bytes=snapshot.size,
+            changed=changed,
+            elements=elements,
+            density=changed / max(elements, 1),
+            seconds=seconds,
+        )
+        return _Pending(manifest, uploads, report, began)
+
+    # --- upload and commit -----------------------------------------------------------------------------------------
+
+    def _commit(self) -> PublishReport:
+        """Upload what is pending, then write its manifest; objects that are up already are not sent twice."""
+        pending = self._pending
+        assert pending is not None
+        start = time.perf_counter()
+        while pending.uploads:
+            ref, buffers = pending.uploads[0]
+            retrying(lambda ref=ref, buffers=buffers: self.store.put(ref.key, buffers), limit_s=self.retry_s)  # type: ignore[misc]
+            pending.uploads.pop(0)
+        uploaded = time.perf_counter()
+        self._create_manifest(pending.manifest)
+        committed = time.perf_counter()
+        manifest = pending.manifest
+        self._chain_bytes = 0 if manifest.anchor else self._chain_bytes + pending.report.patch_bytes
+        self._remote.chain.accept_newest(manifest.encode(), version=manifest.version)
+        self._head, self._pending = manifest, None
+        with suppress(RetryError):  # only a hint: readers manage without
+            self.store.put(HINT_KEY, [hint_bytes(manifest.version)])
+        seconds = {
+            **pending.report.seconds,
+            "upload": uploaded - start,
+            "commit": committed - uploaded,
+            "total": time.perf_counter() - pending.began,
+        }
+        return replace(pending.report, seconds=seconds)
+
+    def _create_manifest(self, manifest: Manifest) -> None:
+        """Create-only write of the manifest; a lost reply is settled by reading it back."""
+        key, data = manifest_key(manifest.version), manifest.encode()
+        if self._remote_moved_on(manifest.version):
+            self._lose(manifest.version)
+
+        def attempt() -> bool:
+            try:
+                self.store.create(key, [data])
+            except ObjectExistsError:
+                pass
+            except RetryError:
+                with suppress(ObjectNotFoundError):
+                    return self.store.get(key, size_max=MANIFEST_BYTES_MAX) == data
+                raise
+            else:
+                return True
+            return self.store.get(key, size_max=MANIFEST_BYTES_MAX) == data
+
+        if not retrying(attempt, limit_s=self.retry_s):
+            self._lose(manifest.version)
+
+    def _remote_moved_on(self, version: int) -> bool:
+        """Whether there are versions behind this one: then it is long taken, even if its manifest were gone."""
+        listing = retrying(lambda: next(iter(self.store.list("manifests/", start_after=manifest_key(version))), None), limit_s=self.retry_s)  # fmt: skip  # noqa: E501
+        return listing is not None
+
+    def _lose(self, version: int) -> None:
+        self._pending, self._snapshot = None, None
+        raise ConflictError(
+            f"version {version} in {self.store.url} was written by another publisher. Nothing of this one was "
+            "committed; start a new Publisher to go on from the newest version",
+            version=version,
+            store=self.store.url,
+        )
