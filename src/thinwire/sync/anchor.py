@@ -83,7 +83,8 @@ def read_shards(files: Sequence[bytes | memoryview]) -> tuple[dict[str, Layout],
                 raise MalformedError(f"two files hold a tensor {name[:80]!r}")
             layouts[name] = Layout(dtype_of(entry.dtype), entry.shape)
             body = view[header.data_start + entry.start : header.data_start + entry.stop]
-            cells[name] = np.frombuffer(body, dtype_of(entry.dtype).cells) if len(body) else np.empty(0, dtype_of(entry.dtype).cells)  # fmt: skip
+            kind = dtype_of(entry.dtype).cells
+            cells[name] = np.frombuffer(body, kind) if len(body) else np.empty(0, kind)
         aliases.update(_read_aliases(header.metadata.get(_ALIASES, "{}")))
     for alias, name in aliases.items():
         if alias in layouts or name not in layouts:

@@ -140,7 +140,9 @@ def tree_of(
     return Tree(hash_name, tensors, dict(aliases))
 
 
-def digest_of(layouts: Mapping[str, Layout], cells: Mapping[str, Cells], aliases: Mapping[str, str], **how: object) -> str:
+def digest_of(
+    layouts: Mapping[str, Layout], cells: Mapping[str, Cells], aliases: Mapping[str, str], **how: object
+) -> str:
     """Digest of a whole state, in hexadecimal."""
     return tree_of(layouts, cells, aliases, **how).digest  # type: ignore[arg-type]
 
@@ -324,7 +326,9 @@ def _fresh_tensors(patch: Patch, cells: Mapping[str, Cells]) -> dict[str, Cells]
     return fresh
 
 
-def _refuse(patch: Patch, layouts: Mapping[str, Layout], cells: Mapping[str, Cells], aliases: Mapping[str, str], got: str) -> None:  # fmt: skip
+def _refuse(
+    patch: Patch, layouts: Mapping[str, Layout], cells: Mapping[str, Cells], aliases: Mapping[str, str], got: str
+) -> None:
     base = tree_of(layouts, cells, aliases, hash_name=patch.hash).digest
     if base != patch.parent:
         raise WrongBaseError(

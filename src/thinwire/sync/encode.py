@@ -29,7 +29,11 @@ Progress = Callable[[int, int], None]
 """Called with (bytes of state done, bytes of state in all), from any thread."""
 
 SEGMENT_CHANGES = 1 << 20  # a segment is closed when it has this many changes, so that memory stays bounded
-LEVELS = {"fast": ("gaps", rans.EFFORT_FAST), "small": ("gaps", rans.EFFORT_SMALL), "smallest": ("context", rans.EFFORT_SMALL)}  # fmt: skip
+LEVELS = {
+    "fast": ("gaps", rans.EFFORT_FAST),
+    "small": ("gaps", rans.EFFORT_SMALL),
+    "smallest": ("context", rans.EFFORT_SMALL),
+}
 _SAMPLE = 16  # one cell in so many is looked at to choose the classes
 
 
@@ -80,7 +84,9 @@ class Snapshot:
         return sum(layout.size for layout in self.layouts.values())
 
 
-def _tree(hash_name: str, layouts: Mapping[str, Layout], leaves: Mapping[str, list[bytes]], aliases: Mapping[str, str]) -> Tree:  # fmt: skip
+def _tree(
+    hash_name: str, layouts: Mapping[str, Layout], leaves: Mapping[str, list[bytes]], aliases: Mapping[str, str]
+) -> Tree:
     tensors = {}
     for name, layout in layouts.items():
         digest = tensor_digest(hash_name, layout.dtype.name, layout.shape, leaves[name])
@@ -88,7 +94,9 @@ def _tree(hash_name: str, layouts: Mapping[str, Layout], leaves: Mapping[str, li
     return Tree(hash_name, tensors, dict(aliases))
 
 
-def _copy_tensor(source: CellSource, name: str, layout: Layout, hash_name: str, pool: ThreadPoolExecutor) -> tuple[Cells, list[bytes]]:  # fmt: skip
+def _copy_tensor(
+    source: CellSource, name: str, layout: Layout, hash_name: str, pool: ThreadPoolExecutor
+) -> tuple[Cells, list[bytes]]:
     cells = np.empty(layout.cells, layout.dtype.cells)
 
     def one(block: Block) -> bytes:

@@ -126,7 +126,12 @@ def fetch_path(
 
 
 def fetch_state(
-    remote: Remote, target: Manifest, *, avoid: set[str] | None = None, threads: int = 0, progress: Progress | None = None
+    remote: Remote,
+    target: Manifest,
+    *,
+    avoid: set[str] | None = None,
+    threads: int = 0,
+    progress: Progress | None = None,
 ) -> HostState:
     """The state of ``target``, built from nothing and proved by its digest.
 
@@ -169,9 +174,7 @@ def _build(fetched: Fetched, target: Manifest, threads: int, progress: Progress 
     if digest != target.state:
         raise DamagedObjectError(f"the path to version {target.version} ends at state {digest}, not {target.state}")
     seconds["total"] = fetched.seconds + time.perf_counter() - began
-    return HostState(
-        layouts, cells, aliases, target.version, digest, fetched.size, len(fetched.patches), seconds
-    )
+    return HostState(layouts, cells, aliases, target.version, digest, fetched.size, len(fetched.patches), seconds)
 
 
 def snapshot_of(state: HostState, *, hash_name: str, threads: int = 0) -> Snapshot:

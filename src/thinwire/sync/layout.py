@@ -97,7 +97,9 @@ class StateSource:
     def __init__(self, state: State) -> None:
         self.state = state
         self.aliases = state.aliases
-        self.layouts = {name: Layout(dtype_of(state.dtype_name(name)), shape_of(t)) for name, t in state.tensors.items()}
+        self.layouts = {
+            name: Layout(dtype_of(state.dtype_name(name)), shape_of(t)) for name, t in state.tensors.items()
+        }
         self._views: dict[str, Cells] = {}
         for name, tensor in state.tensors.items():
             if is_host_view(tensor) and not state.casts(tensor):

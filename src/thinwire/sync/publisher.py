@@ -148,10 +148,26 @@ class Publisher:
         self._lock = threading.Lock()
 
     @overload
-    def publish(self, model: Model, *, step: int | None = ..., metadata: Mapping[str, str] | None = ..., wait: Literal[True] = ..., progress: Progress | None = ...) -> PublishReport: ...  # fmt: skip  # noqa: E501
+    def publish(
+        self,
+        model: Model,
+        *,
+        step: int | None = ...,
+        metadata: Mapping[str, str] | None = ...,
+        wait: Literal[True] = ...,
+        progress: Progress | None = ...,
+    ) -> PublishReport: ...
 
     @overload
-    def publish(self, model: Model, *, step: int | None = ..., metadata: Mapping[str, str] | None = ..., wait: Literal[False], progress: Progress | None = ...) -> Future[PublishReport]: ...  # fmt: skip  # noqa: E501
+    def publish(
+        self,
+        model: Model,
+        *,
+        step: int | None = ...,
+        metadata: Mapping[str, str] | None = ...,
+        wait: Literal[False],
+        progress: Progress | None = ...,
+    ) -> Future[PublishReport]: ...
 
     def publish(
         self,
@@ -400,8 +416,9 @@ class Publisher:
 
     def _remote_moved_on(self, version: int) -> bool:
         """Whether there are versions behind this one: then it is long taken, even if its manifest were gone."""
-        listing = retrying(lambda: next(iter(self.store.list("manifests/", start_after=manifest_key(version))), None), limit_s=self.retry_s)  # fmt: skip  # noqa: E501
-        return listing is not None
+        key = manifest_key(version)
+        later = retrying(lambda: next(iter(self.store.list("manifests/", start_after=key)), None), limit_s=self.retry_s)
+        return later is not None
 
     def _lose(self, version: int) -> None:
         self._pending, self._snapshot = None, None

@@ -99,7 +99,9 @@ class Remote:
         """
         start = max(self._hint(), self.chain.floor)
         listed = start
-        for info in retrying(lambda: list(self.store.list("manifests/", start_after=manifest_key(start))), limit_s=self.retry_s):
+        for info in retrying(
+            lambda: list(self.store.list("manifests/", start_after=manifest_key(start))), limit_s=self.retry_s
+        ):
             listed = max(listed, version_of_key(info.key) or 0)
         found = self._at_or_after(listed)
         if found is None and listed > self.chain.floor:  # the hint was of no use

@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 def jittered(seconds: float) -> float:
-    """A random time between half and one and a half times ``seconds``, so that a thousand clients do not ask at once."""
+    """A random time between half and one and a half times ``seconds``, so that many clients do not ask at once."""
     return seconds * random.uniform(0.5, 1.5)
 
 

@@ -52,7 +52,9 @@ class Target:
         _check(entries, layouts, aliases)
         canonical = {name: entries[name].detach() for name in layouts}
         shared = state_of(canonical).aliases
-        staged = _overlapping({n: t for n, t in canonical.items() if n not in shared}) | set(shared) | set(shared.values())
+        staged = (
+            _overlapping({n: t for n, t in canonical.items() if n not in shared}) | set(shared) | set(shared.values())
+        )
         self.layouts = dict(layouts)
         self.cells: dict[str, Cells] = {}
         self._staged: dict[str, torch.Tensor] = {}
@@ -61,12 +63,15 @@ class Target:
                 self.cells[name] = cells_of(tensor)
                 continue
             self._staged[name] = tensor
-            self.cells[name] = cells_of(tensor).copy() if read else np.empty(layouts[name].cells, layouts[name].dtype.cells)
+            self.cells[name] = (
+                cells_of(tensor).copy() if read else np.empty(layouts[name].cells, layouts[name].dtype.cells)
+            )
         # names that the publisher has tied and this model has not: they get the same contents
         self._mirrors = [
             (entries[alias].detach(), name)
             for alias, name in aliases.items()
-            if entries[alias].data_ptr() != canonical[name].data_ptr() or entries[alias].stride() != canonical[name].stride()
+            if entries[alias].data_ptr() != canonical[name].data_ptr()
+            or entries[alias].stride() != canonical[name].stride()
         ]
 
     def commit(self) -> None:

@@ -114,4 +114,6 @@ def tensor_of(cells: Cells, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
     if math.prod(shape) == 0:
         return torch.empty(shape, dtype=kind)
     writable = cells if cells.flags.writeable else cells.copy()
-    return torch.from_numpy(writable.view(f"i{cells.itemsize}" if cells.itemsize > 1 else "u1")).view(kind).reshape(shape)
+    return (
+        torch.from_numpy(writable.view(f"i{cells.itemsize}" if cells.itemsize > 1 else "u1")).view(kind).reshape(shape)
+    )

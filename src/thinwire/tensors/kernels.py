@@ -141,4 +141,3 @@ def swap_steps(cells: Cells, offset: int, positions: Positions, codes: Cells, fi
 def swap_absolute(cells: Cells, offset: int, positions: Positions, codes: Cells, first: int) -> int:
     """Like :func:`swap_steps`, for codes that are new cells. Applied twice it restores the first state."""
     return int(_swap_absolute(cells, offset, positions, codes, first))
-

@@ -66,7 +66,8 @@ def state_of(model: torch.nn.Module | Mapping[str, torch.Tensor], *, cast: torch
         tensor = entries[name]
         if not isinstance(tensor, torch.Tensor):
             raise MisuseError(
-                f"state dict entry {name!r} is a {type(tensor).__name__}, not a tensor; pass a dict without it", name=name
+                f"state dict entry {name!r} is a {type(tensor).__name__}, not a tensor; pass a dict without it",
+                name=name,
             )
         try:
             check_name(name)

@@ -1,7 +1,7 @@
 """Canonical JSON: one byte string for one value, and a parser that accepts only that one.
 
-Objects have sorted keys, no blanks, ASCII with ``\\u`` escapes; numbers are integers. Two documents are equal exactly if
-their bytes are, so a digest over the bytes is a digest of the content.
+Objects have sorted keys, no blanks, ASCII with ``\\u`` escapes; numbers are integers. Two documents are equal if and
+only if their bytes are, so a digest over the bytes is a digest of the content.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@ exponent, and a hot change is written as the number of unchanged hot cells *of i
 *cold* and keep plain gaps over all cells. Both sides compute the classes from the base, which they hold.
 
 Hot cells are found 64 at a time by one vectorised compare, so that the cost follows their number. Classes are given by
-``bounds``: class ``k`` holds the exponents from ``bounds[k - 1] + 1`` (0 for the first) to ``bounds[k]``; the last bound
-is the threshold.
+``bounds``: class ``k`` holds the exponents from ``bounds[k - 1] + 1`` (0 for the first) to ``bounds[k]``; the last
+bound is the threshold.
 """
 
 from __future__ import annotations
@@ -67,7 +67,6 @@ def _write(cells, offset, magnitude, limit, shift, classes_of, positions, index,
             gaps[i] = offset + start + j - cold
             cold = offset + start + j + 1
         i = first
-        seen = np.uint64(0)
         while hot != np.uint64(0):
             j = trailing_zeros(hot)
             hot &= hot - np.uint64(1)

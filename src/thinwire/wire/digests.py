@@ -1,10 +1,10 @@
 """Digests: a tree of hashes over fixed-size blocks of each tensor, up to one for the whole state.
 
-======================  ==============================================================================================
-leaf                    hash of one block: 1 MiB of a tensor's bytes in C order (the last block may be shorter)
-tensor                  hash of ``"thinwire tensor v1\\n"``, the canonical JSON ``[dtype, shape]``, a newline, all leaves
+======================  ============================================================================================
+leaf                    hash of one block: 1 MiB of a tensor's bytes in C order (the last may be shorter)
+tensor                  hash of ``"thinwire tensor v1\\n"``, the canonical JSON ``[dtype, shape]``, a newline, leaves
 state                   hash of the *tree*: canonical JSON of format, hash, aliases and ``[name, dtype, shape, digest]``
-======================  ==============================================================================================
+======================  ============================================================================================
 
 Leaves need no prefix of their own: the depth of every leaf is fixed by the shape that the tensor's hash contains. The
 tree is an object of its own in a store; whoever has it can check one tensor, or one block, against a state's digest.
@@ -51,7 +51,7 @@ def hasher(name: str) -> Callable[[Any], Hasher]:
         UnsupportedError: an unknown hash.
     """
     if name == "blake3":
-        return blake3.blake3  # type: ignore[no-any-return]
+        return blake3.blake3
     if name == "sha256":
         return hashlib.sha256
     raise UnsupportedError(f"unknown hash {name[:40]!r}; known are {', '.join(HASHES)}", hash=name[:40])

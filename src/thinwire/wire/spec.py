@@ -54,8 +54,8 @@ HASHES = ("blake3", "sha256")
 class DType:
     """How the elements of a safetensors data type are seen: as *cells*, unsigned integers of 1, 2, 4 or 8 bytes.
 
-    ``cell_bytes`` is the width of a cell, ``element_bits`` that of an element: a C64 element is two cells, an F4 element
-    half of one. ``exponent_bits`` is 0 where cells are not sign-magnitude floats (integers, bool, packed types).
+    ``cell_bytes`` is the width of a cell, ``element_bits`` that of an element: a C64 element is two cells, an F4
+    element half of one. ``exponent_bits`` is 0 where cells are not sign-magnitude floats (integers, bool, packed types).
     """
 
     name: str

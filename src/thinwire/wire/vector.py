@@ -94,7 +94,6 @@ leading_zeros = _count("ctlz", "Zero bits above the highest set bit of a uint64;
 ones = _count("ctpop", "Number of set bits of a uint64.")
 
 
-
 def _load(width: int, doc: str) -> Any:
     def typed(typingctx: Any, data: Any, at: Any) -> Any:
         signature = types.uint64(data, types.int64)
