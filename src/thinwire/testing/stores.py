@@ -303,7 +303,9 @@ class StoreContract:
         infos = list(store.list(""))
         assert [info.key for info in infos] == sorted(self.KEYS) == list(self.KEYS)
         assert [info.size for info in infos] == [len(key) for key in self.KEYS]
-        assert infos[3] == store.head("b/1")
+        alone = store.head("b/1")
+        assert (infos[3].key, infos[3].size) == (alone.key, alone.size)
+        assert abs(infos[3].modified_s - alone.modified_s) <= 1  # S3 lists milliseconds, but a reply's header has none
 
     def test_prefix_and_start_after(self, store: Store) -> None:
         for key in self.KEYS:
