@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from thinwire.errors import MisuseError
 from thinwire.lab.grpo import advantages, grpo_loss, grpo_step
 from thinwire.lab.optimiser import MasterAdamW
-from thinwire.lab.recipes import evaluate
 from thinwire.lab.rollouts import Rollouts, concatenate, generate, sample, token_logprobs
 from thinwire.lab.tasks import CharTokenizer, SortDigits, problem_set
+from thinwire.lab.training import evaluate
 
 pytest.importorskip("transformers")
 
@@ -40,9 +40,36 @@ def test_advantages_of_a_group_sum_to_zero_and_keep_its_order(rewards: list[floa
     assert bool((ranked.diff() >= -1e-6).all())
 
 
-def test_equal_rewards_teach_nothing() -> None:
-    assert advantages(torch.full((8,), 0.3), 4).abs().max() < 1e-3
-    assert torch.equal(advantages(torch.ones(8), 4), torch.zeros(8))
+@given(st.floats(0, 1, width=32), st.integers(2, 9))
+def test_equal_rewards_teach_nothing(reward: float, group: int) -> None:
+    assert torch.equal(advantages(torch.full((2 * group,), reward), group), torch.zeros(2 * group))
+
+
+def test_a_batch_that_teaches_nothing_is_a_step_without_gradient() -> None:
+    from thinwire.lab.models import tiny_llama
+
+    pupil = tiny_llama(13, hidden=64, layers=1, seed=7)
+    before = [weight.detach().clone() for weight in pupil.parameters()]
+    batch = generate(pupil, [[4, 5]] * 8, tokens_max=2, end=1)
+    report = grpo_step(pupil, MasterAdamW(pupil, lr=1e-2), batch, group=4)
+    assert (report.loss, report.gradient_norm, report.reward) == (0.0, 0.0, 0.0)
+    assert all(torch.equal(w, b) for w, b in zip(pupil.parameters(), before, strict=True))
+
+
+def test_leaving_useless_answers_out_changes_nothing() -> None:
+    from thinwire.lab.models import tiny_llama
+
+    twin = tiny_llama(13, hidden=64, layers=2, dtype=torch.float32, seed=5)
+    batch = generate(twin, [[3, 4]] * 16, tokens_max=3, end=1, generator=torch.Generator().manual_seed(4))
+    rewards = torch.tensor([1.0, 0, 0, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 1, 0, 0])
+    batch = Rollouts(batch.tokens, batch.attention, batch.mask, batch.logprobs, rewards)
+    report = grpo_step(twin, MasterAdamW(twin, lr=0.0), batch, group=4)
+    now = token_logprobs(twin, batch.tokens, batch.attention)
+    loss = grpo_loss(now, batch.logprobs, batch.mask, advantages(rewards, 4))
+    loss.backward()
+    norm = torch.cat([weight.grad.flatten() for weight in twin.parameters()]).norm()
+    assert report.loss == pytest.approx(float(loss.detach()), abs=1e-6)
+    assert report.gradient_norm == pytest.approx(float(norm), rel=1e-4)
 
 
 @pytest.mark.parametrize(("count", "group"), [(7, 2), (8, 3), (4, 1), (4, 0)])

@@ -55,6 +55,7 @@ def advantages(rewards: torch.Tensor, group: int, *, epsilon: float = 1e-4) -> t
         )
     grouped = rewards.float().view(-1, group)
     centred = grouped - grouped.mean(dim=1, keepdim=True)
+    centred[(grouped == grouped[:, :1]).all(dim=1)] = 0.0  # the mean of equal numbers may be rounded off them
     return (centred / (grouped.std(dim=1, keepdim=True) + epsilon)).flatten()
 
 
@@ -97,16 +98,19 @@ def grpo_step(
 ) -> StepReport:
     """One optimiser step on ``batch``, whose answers come in groups of ``group`` to one prompt.
 
-    At most ``rows_max`` answers go through the model at once; the gradient is that of the whole batch.
+    At most ``rows_max`` answers go through the model at once; the gradient is that of the whole batch. Answers whose
+    advantage is 0 have none and are left out of the model's work and of ``drift`` and ``clipped``.
 
     Raises:
         MisuseError: the batch does not divide into groups.
     """
     advantage = advantages(batch.rewards, group)
-    total = batch.mask.sum().clamp(min=1)
+    useful = advantage.nonzero().flatten()
+    total = batch.mask[useful].sum().clamp(min=1)
     loss = drift = clipped = 0.0
-    for start in range(0, len(batch.rewards), rows_max):
-        rows = slice(start, start + rows_max)
+    for rows in torch.split(useful, rows_max):
+        if not len(rows):
+            break
         mask = batch.mask[rows]
         logprobs = token_logprobs(model, batch.tokens[rows], batch.attention[rows], first=batch.prompt_width)
         part = grpo_loss(

@@ -9,9 +9,10 @@ import torch
 
 from thinwire.lab.grpo import grpo_step
 from thinwire.lab.optimiser import MasterAdamW
-from thinwire.lab.recipes import RECIPES, rollouts_for
+from thinwire.lab.recipes import RECIPES
 from thinwire.lab.rollouts import concatenate
 from thinwire.lab.smollm2 import fetch_smollm2
+from thinwire.lab.training import rollouts_for
 
 __all__ = ["grpo_versions", "smollm2_grpo_versions"]
 

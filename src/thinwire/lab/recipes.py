@@ -1,25 +1,25 @@
 """Complete recipes for RL runs: a model, a task, and the settings with which its reward rises.
 
 ``tiny`` is a model of 4.8 million random weights that first learns to sort digits from examples
-(:func:`warm_start`), until it is right about three times in ten, and then by reinforcement. ``smollm2`` is the real
-SmolLM2-135M-Instruct on word problems (:mod:`thinwire.lab.smollm2`).
+(:func:`thinwire.lab.training.warm_start`), until it is right about three times in ten, and then by reinforcement.
+``smollm2`` is the real SmolLM2-135M-Instruct on word problems (:mod:`thinwire.lab.smollm2`). ``nano`` is ``tiny`` made
+so small that a run takes seconds, to check the machinery.
+
+Importing this module does not import torch, and making ``tiny`` or ``nano`` does not build a model.
 """
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+from thinwire.lab.tasks import CharTokenizer, SortDigits, Task
 
-from thinwire.errors import MisuseError
-from thinwire.lab.optimiser import MasterAdamW
-from thinwire.lab.rollouts import Rollouts, Tokenizer, sample, token_logprobs
-from thinwire.lab.tasks import CharTokenizer, Problem, SortDigits, Task, problem_set
+if TYPE_CHECKING:
+    from thinwire.lab.rollouts import Tokenizer
 
-__all__ = ["RECIPES", "Evaluation", "Recipe", "evaluate", "rollouts_for", "tiny_recipe", "warm_start"]
+__all__ = ["RECIPES", "Recipe", "nano_recipe", "tiny_recipe"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,38 +52,19 @@ class Recipe:
     rows_max: int = 128
 
 
-@dataclass(frozen=True, slots=True)
-class Evaluation:
-    """Rewards on held-out problems: ``sampled`` and ``greedy`` are means over problems, fp64 in [0, 1].
-
-    ``per_problem`` is each problem's mean reward over its samples, for paired comparisons.
-    """
-
-    sampled: float
-    greedy: float
-    per_problem: tuple[float, ...]
-
-
 def tiny_recipe() -> Recipe:
     """Sorting eight digits with a Llama of 4.8 million weights, all of it made here.
 
-    The learning rate is the lowest at which the reward clearly rises within two minutes on two CPU cores.
+    The learning rate is the lowest at which the reward rises clearly, whatever the seed, within two minutes on two CPU
+    cores.
     """
-    from thinwire.lab.models import tiny_llama
-
-    tokenizer = CharTokenizer()
-    task = SortDigits(length=8)
-
-    def model(seed: int) -> Any:
-        return tiny_llama(tokenizer.size, seed=seed)
-
     return Recipe(
         name="tiny",
-        task=task,
-        tokenizer=tokenizer,
-        pretrained=model,
-        skeleton=model,
-        answer_tokens_max=task.length,
+        task=SortDigits(length=8),
+        tokenizer=CharTokenizer(),
+        pretrained=_tiny,
+        skeleton=_tiny,
+        answer_tokens_max=8,
         prompts=8,
         group=8,
         batches=2,
@@ -97,104 +78,46 @@ def tiny_recipe() -> Recipe:
     )
 
 
+def nano_recipe() -> Recipe:
+    """Sorting three digits with 0.1 million weights, at a learning rate that shows an effect within seconds."""
+    return Recipe(
+        name="nano",
+        task=SortDigits(length=3),
+        tokenizer=CharTokenizer(),
+        pretrained=_nano,
+        skeleton=_nano,
+        answer_tokens_max=3,
+        prompts=8,
+        group=8,
+        batches=2,
+        lr=3e-4,
+        steps_max=40,
+        seconds=60.0,
+        evaluation_problems=256,
+        evaluation_samples=1,
+        warm_target=0.3,
+        warm_steps_max=400,
+        warm_lr=3e-3,
+    )
+
+
+def _tiny(seed: int) -> Any:
+    from thinwire.lab.models import tiny_llama
+
+    return tiny_llama(CharTokenizer().size, seed=seed)
+
+
+def _nano(seed: int) -> Any:
+    from thinwire.lab.models import tiny_llama
+
+    return tiny_llama(CharTokenizer().size, hidden=64, layers=2, seed=seed)
+
+
 def _smollm2_recipe() -> Recipe:
     from thinwire.lab.smollm2 import smollm2_recipe
 
     return smollm2_recipe()
 
 
-RECIPES: dict[str, Callable[[], Recipe]] = {"tiny": tiny_recipe, "smollm2": _smollm2_recipe}
+RECIPES: dict[str, Callable[[], Recipe]] = {"tiny": tiny_recipe, "smollm2": _smollm2_recipe, "nano": nano_recipe}
 """Recipes by name; a recipe is made when it is asked for."""
-
-
-def rollouts_for(recipe: Recipe, model: Any, source: random.Random, generator: torch.Generator) -> Rollouts:
-    """One batch to learn from: answers of ``model`` to ``recipe.prompts`` new problems."""
-    problems = [recipe.task.problem(source) for _ in range(recipe.prompts)]
-    return sample(
-        model,
-        recipe.tokenizer,
-        recipe.task,
-        problems,
-        group=recipe.group,
-        tokens_max=recipe.answer_tokens_max,
-        generator=generator,
-    )
-
-
-def evaluate(recipe: Recipe, model: Any, *, seed: int, problems: int | None = None, greedy: bool = True) -> Evaluation:
-    """Rewards on ``problems`` problems (the recipe's number of them) that depend on ``seed`` only.
-
-    The samples are drawn with a fixed seed too, so that two evaluations differ by the weights alone. ``greedy`` False
-    leaves the greedy pass out and reports 0 for it.
-    """
-    held_out = problem_set(recipe.task, problems or recipe.evaluation_problems, seed)
-    generator = torch.Generator().manual_seed(seed)
-
-    def rewards(group: int, temperature: float) -> torch.Tensor:
-        parts = [
-            sample(
-                model,
-                recipe.tokenizer,
-                recipe.task,
-                held_out[start : start + 128],
-                group=group,
-                tokens_max=recipe.answer_tokens_max,
-                temperature=temperature,
-                generator=generator,
-            ).rewards
-            for start in range(0, len(held_out), 128)
-        ]
-        return torch.cat(parts).view(-1, group).mean(dim=1)
-
-    sampled = rewards(recipe.evaluation_samples, 1.0)
-    likeliest = float(rewards(1, 0.0).mean()) if greedy else 0.0
-    return Evaluation(float(sampled.mean()), likeliest, tuple(sampled.tolist()))
-
-
-def warm_start(recipe: Recipe, model: Any, *, seed: int, on_step: Callable[[int, float], None] | None = None) -> int:
-    """Teach ``model`` from right answers until its own are right often enough to learn from; returns the steps made.
-
-    Batches of 128 problems, AdamW, cross-entropy on the answers. Every fifth step, sampled answers to 128 held-out
-    problems are scored and reported to ``on_step(step, reward)``; at ``recipe.warm_target`` it ends.
-
-    Raises:
-        MisuseError: the target was not reached in ``recipe.warm_steps_max`` steps.
-    """
-    if recipe.warm_target <= 0:
-        return 0
-    optimiser = MasterAdamW(model, lr=recipe.warm_lr)
-    source = random.Random(f"warm {seed}")
-    reward = 0.0
-    for step in range(1, recipe.warm_steps_max + 1):
-        _learn_from_answers(recipe, model, [recipe.task.problem(source) for _ in range(128)])
-        optimiser.set_lr(recipe.warm_lr * min(1.0, step / 20))
-        optimiser.step()
-        if step % 5 == 0:
-            reward = evaluate(recipe, model, seed=-1, problems=128, greedy=False).sampled
-            if on_step is not None:
-                on_step(step, reward)
-            if reward >= recipe.warm_target:
-                return step
-    raise MisuseError(
-        f"the warm start reached a reward of {reward:.2f} after {recipe.warm_steps_max} steps, not "
-        f"{recipe.warm_target:.2f}; allow more steps or another learning rate",
-        reward=reward,
-    )
-
-
-def _learn_from_answers(recipe: Recipe, model: Any, problems: Sequence[Problem]) -> None:
-    """Add the gradient of the mean cross-entropy of the right answers."""
-    tokenizer = recipe.tokenizer
-    prompts = [tokenizer.encode(problem.prompt) for problem in problems]
-    answers = [[*tokenizer.encode(p.answer), tokenizer.end][: recipe.answer_tokens_max] for p in problems]
-    left, right = max(map(len, prompts)), max(map(len, answers))
-    tokens, attention = [], []
-    for prompt, answer in zip(prompts, answers, strict=True):
-        before, after = left - len(prompt), right - len(answer)
-        tokens.append([tokenizer.pad] * before + prompt + answer + [tokenizer.pad] * after)
-        attention.append([0] * before + [1] * (len(prompt) + len(answer)) + [0] * after)
-    row = torch.tensor(attention)
-    mask = row[:, left:].float()
-    logprobs = token_logprobs(model, torch.tensor(tokens), row, first=left)[:, left:]
-    loss = -(logprobs * mask).sum() / mask.sum()
-    torch.autograd.backward(loss)
