@@ -114,6 +114,13 @@ class CloudFaults:
         assert len(proxy.seen) == 1
         assert store.get("new", size_max=size) == b"m" * size  # reading it back tells
 
+    def test_a_large_create_has_longer_than_a_stalled_reply(self, proxy: FaultyProxy, make: Make) -> None:
+        store = make(part_bytes=5 * MIB, stall_timeout_s=0.3)
+        proxy.fail("late-600ms", method="PUT", times=2)
+        with pytest.raises(StoreUnavailableError):
+            store.create("small", [b"s" * 5])
+        store.create("large", [b"l" * (6 * MIB)])  # no bytes come back while a body goes up
+
     def test_a_conflict_on_put_passes(self, proxy: FaultyProxy, make: Make) -> None:
         proxy.fail("conflict-409", method="PUT", times=9)
         with pytest.raises(StoreUnavailableError):

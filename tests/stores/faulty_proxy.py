@@ -19,6 +19,7 @@ Kind = Literal[
     "drop-request",
     "drop-reply",
     "stall",
+    "late-600ms",
     "half-reply",
     "huge",
     "no-ranges",
@@ -127,6 +128,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.owner.released.wait(timeout=60)
             self.close_connection = True
             return
+        if kind == "late-600ms":
+            self.owner.released.wait(timeout=0.6)
         status, headers, reply = self._forward(body)
         if kind == "no-ranges":  # the header Range is signed, so the reply is what can be changed
             status = 200
