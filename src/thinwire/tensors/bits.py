@@ -65,10 +65,16 @@ def torch_dtype(name: str) -> torch.dtype:
 
 
 def shape_of(tensor: torch.Tensor) -> tuple[int, ...]:
-    """The shape in safetensors' terms: packed float4 counts single elements."""
+    """The shape in safetensors' terms: packed float4 counts single elements.
+
+    Raises:
+        UnsupportedError: a float4 tensor without dimensions.
+    """
     shape = tuple(tensor.shape)
     if _FROM_TORCH.get(tensor.dtype) is DTYPES["F4"]:
-        return (*shape[:-1], shape[-1] * 2) if shape else (2,)
+        if not shape:
+            raise UnsupportedError("safetensors cannot hold a float4 tensor without dimensions; reshape it to (1,)")
+        return (*shape[:-1], shape[-1] * 2)
     return shape
 
 

@@ -7,9 +7,9 @@
 ``tensors/NAME``          the whole tensor, where it is new or has another shape or data type
 ========================  ========================================================================================
 
-A row's kind is ``sparse`` (its cells are part of the segments), ``raw`` (in the file) or ``moved`` (the bytes are those
-of a tensor of the base with another name). The cells of all sparse tensors of one data type, in the order of their rows,
-make one long vector; the segments of that data type cover it without gaps.
+A row's kind is ``sparse`` (its cells are part of the segments), ``raw`` (in the file) or ``moved`` (its bytes are those
+of a tensor of the base with another name). The cells of all sparse tensors of one data type, in the order of their
+rows, make one long vector; the segments of that data type cover it without gaps.
 """
 
 from __future__ import annotations

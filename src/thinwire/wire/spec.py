@@ -29,7 +29,7 @@ FORMAT_VERSION = 1
 
 # Bounds, checked before anything is allocated for what they bound.
 HEADER_BYTES_MAX = 64 << 20
-TABLE_BYTES_MAX = 256 << 20  # of the decompressed table
+TABLE_BYTES_MAX = 64 << 20  # of the decompressed table
 MANIFEST_BYTES_MAX = 16 << 20
 JSON_DEPTH_MAX = 16
 TENSORS_MAX = 1 << 20
@@ -55,7 +55,8 @@ class DType:
     """How the elements of a safetensors data type are seen: as *cells*, unsigned integers of 1, 2, 4 or 8 bytes.
 
     ``cell_bytes`` is the width of a cell, ``element_bits`` that of an element: a C64 element is two cells, an F4
-    element half of one. ``exponent_bits`` is 0 where cells are not sign-magnitude floats (integers, bool, packed types).
+    element half of one. ``exponent_bits`` is 0 where cells are not sign-magnitude floats (integers, bool, packed
+    types).
     """
 
     name: str

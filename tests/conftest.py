@@ -1,0 +1,18 @@
+"""Shared fixtures. Nothing here needs a network or data from outside."""
+
+from __future__ import annotations
+
+import os
+
+import hypothesis
+import pytest
+
+hypothesis.settings.register_profile("default", deadline=None, max_examples=60, derandomize=bool(os.environ.get("CI")))
+hypothesis.settings.register_profile("long", deadline=None, max_examples=2000)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+@pytest.fixture(autouse=True)
+def _own_folder(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a test writes by accident lands in its own folder."""
+    monkeypatch.chdir(str(tmp_path))
