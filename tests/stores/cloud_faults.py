@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from stores.faulty_proxy import FaultyProxy, Kind
+from tests.stores.faulty_proxy import FaultyProxy, Kind
 from thinwire.errors import DamagedObjectError, MisuseError, ObjectNotFoundError, StoreUnavailableError, ThinwireError
 from thinwire.stores.cloud import CloudStore
 from thinwire.stores.protocol import Store

@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import pytest
 
-from stores.cloud_faults import CloudFaults
-from stores.conftest import connect_as
+from tests.stores.cloud_faults import CloudFaults
+from tests.stores.conftest import connect_as
 from thinwire.errors import MisuseError, StoreUnavailableError
 from thinwire.stores import open_store
 from thinwire.stores.cloud import CREATE_BYTES_MAX, CloudStore

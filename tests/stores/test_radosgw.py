@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from stores.cloud_faults import CloudFaults
-from stores.conftest import connect_as
-from stores.radosgw import RadosGateway
+from tests.stores.cloud_faults import CloudFaults
+from tests.stores.conftest import connect_as
+from tests.stores.radosgw import RadosGateway
 from thinwire.errors import MisuseError
 from thinwire.stores.cloud import CloudStore
 from thinwire.testing.stores import StoreContract

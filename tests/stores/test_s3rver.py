@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from stores.conftest import connect_as
+from tests.stores.conftest import connect_as
 from thinwire.stores import enforces_create
 
 pytestmark = pytest.mark.net
