@@ -31,9 +31,7 @@ def cell_pairs(draw: st.DrawFn) -> tuple[str, np.ndarray, np.ndarray]:
 
 def find(name: str, old: np.ndarray, new: np.ndarray, mode: str, offset: int = 0) -> tuple[np.ndarray, np.ndarray]:
     positions, codes = np.empty(old.size, np.uint32), np.empty(old.size, old.dtype)
-    n = kernels.find_changed(
-        old, new, offset, positions, codes, 0, is_float=DTYPES[name].is_float, values=mode
-    )
+    n = kernels.find_changed(old, new, offset, positions, codes, 0, is_float=DTYPES[name].is_float, values=mode)
     return positions[:n], codes[:n]
 
 
@@ -63,9 +61,7 @@ def test_swap_applies_and_swapping_back_undoes(pair: tuple[str, np.ndarray, np.n
 
 
 @given(cell_pairs(), st.sampled_from(["ulp", "absolute"]))
-def test_advance_reaches_the_new_cells_and_keeps_the_codes(
-    pair: tuple[str, np.ndarray, np.ndarray], mode: str
-) -> None:
+def test_advance_reaches_the_new_cells_and_keeps_the_codes(pair: tuple[str, np.ndarray, np.ndarray], mode: str) -> None:
     name, old, new = pair
     cells = old.copy()
     positions, codes = find(name, old, new, mode)

@@ -152,9 +152,7 @@ def test_no_context_where_exponents_say_nothing() -> None:
 def test_a_raw_segment_holds_all_cells() -> None:
     cells = np.arange(100, dtype=np.uint16)
     data = segment.encode_raw([cells[:30], cells[30:]])
-    found = segment.decode_segment(
-        memoryview(data), DTYPES["BF16"], cells=100, changed=100, values="ulp", base=[cells]
-    )
+    found = segment.decode_segment(memoryview(data), DTYPES["BF16"], cells=100, changed=100, values="ulp", base=[cells])
     assert isinstance(found, np.ndarray)
     assert (found == cells).all()
 

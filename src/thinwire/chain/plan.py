@@ -67,6 +67,8 @@ def plan(
         if manifest.anchor and not any(ref.key in avoid for ref in manifest.anchor):
             best[version] = manifest.anchor_bytes + HOP_BYTES * len(manifest.anchor)
             came[version] = None
+    if have is not None and have_state and have in manifests and manifests[have].state != have_state:
+        have = None  # what is held is not what the chain calls by this number
     if have is not None and have <= target:
         best[have], came[have] = 0, None
     for version, cost in best.items():
@@ -77,8 +79,7 @@ def plan(
             break
         if cost > best[version]:
             continue
-        state = have_state if version == have and have_state else None
-        state = state or (manifests[version].state if version in manifests else None)
+        state = manifests[version].state if version in manifests else have_state
         for following, _, delta in edges.get(version, ()):
             if state is not None and delta.base_state != state:
                 continue

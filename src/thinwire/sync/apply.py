@@ -24,7 +24,7 @@ from thinwire.wire.patch import Patch, Row, SegmentRow
 from thinwire.wire.segment import Changes, decode_segment
 from thinwire.wire.spec import cell_count, dtype_of
 
-__all__ = ["ApplyReport", "apply_patch", "check_fits", "digest_of", "tree_of"]
+__all__ = ["ApplyReport", "apply_patch", "check_fits", "tree_of"]
 
 Cells = npt.NDArray[np.unsignedinteger]
 
@@ -140,13 +140,6 @@ def tree_of(
     return Tree(hash_name, tensors, dict(aliases))
 
 
-def digest_of(
-    layouts: Mapping[str, Layout], cells: Mapping[str, Cells], aliases: Mapping[str, str], **how: object
-) -> str:
-    """Digest of a whole state, in hexadecimal."""
-    return tree_of(layouts, cells, aliases, **how).digest  # type: ignore[arg-type]
-
-
 class _Transaction:
     """Applies decoded segments to cells and can take them back."""
 
@@ -180,8 +173,8 @@ class _Transaction:
             while at < piece.stop:
                 stop = min(piece.stop, (at // step + 1) * step)
                 part = _Piece(piece.name, at, stop, piece.offset + at - piece.start)
-                work.done.append(part)  # before the write, so that no write is ever forgotten
                 first = self._swap(work, part, first, absolute)
+                work.done.append(part)  # threads of a pool get no signals: nothing comes between the two
                 if at % step == 0 and (stop == size or stop - at == step):
                     leaf = hash_block(self.patch.hash, self.cells[piece.name][at:stop])
                     self.leaves[piece.name, at // step] = leaf
@@ -274,8 +267,12 @@ def apply_patch(
             progress(progressed, total)
 
     with ThreadPoolExecutor(thread_count(threads)) as pool:
-        list(pool.map(lambda work: _decode(work, patch, cells), works))
-        _check_counts(patch, works)
+        try:
+            list(pool.map(lambda work: _decode(work, patch, cells), works))
+            _check_counts(patch, works)
+        except MalformedError as error:  # in context, another base makes a good patch look damaged
+            _refuse_base(patch, layouts, cells, aliases or {}, error)
+            raise
         fresh = _fresh_tensors(patch, cells)
         decoded = time.perf_counter()
         try:
@@ -326,8 +323,12 @@ def _fresh_tensors(patch: Patch, cells: Mapping[str, Cells]) -> dict[str, Cells]
     return fresh
 
 
-def _refuse(
-    patch: Patch, layouts: Mapping[str, Layout], cells: Mapping[str, Cells], aliases: Mapping[str, str], got: str
+def _refuse_base(
+    patch: Patch,
+    layouts: Mapping[str, Layout],
+    cells: Mapping[str, Cells],
+    aliases: Mapping[str, str],
+    cause: Exception | None = None,
 ) -> None:
     base = tree_of(layouts, cells, aliases, hash_name=patch.hash).digest
     if base != patch.parent:
@@ -336,7 +337,13 @@ def _refuse(
             "Load the version that the patch starts from, or an anchor",
             expected=patch.parent,
             actual=base,
-        )
+        ) from cause
+
+
+def _refuse(
+    patch: Patch, layouts: Mapping[str, Layout], cells: Mapping[str, Cells], aliases: Mapping[str, str], got: str
+) -> None:
+    _refuse_base(patch, layouts, cells, aliases)
     raise DamagedObjectError(
         f"the patch leads to {got} instead of {patch.result}; nothing was changed. Fetch it again",
         expected=patch.result,

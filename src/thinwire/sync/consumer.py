@@ -14,9 +14,9 @@ from thinwire.errors import (
     MisuseError,
     NoPathError,
     ObjectNotFoundError,
-    RebaseError,
     RefetchError,
     StoreUnavailableError,
+    WrongBaseError,
 )
 from thinwire.stores import open_store
 from thinwire.sync.apply import apply_patch
@@ -265,8 +265,9 @@ class Consumer:
             raise MisuseError("load a version first: consumer.load(model)")
         return self._held
 
-    def _fetch_to(self, manifest: Manifest, held: Manifest) -> Fetched:
-        return fetch_path(self._remote, manifest, have=held.version, have_state=held.state, avoid=self._avoid)
+    def _fetch_to(self, manifest: Manifest, held: Manifest | None) -> Fetched:
+        have, state = (held.version, held.state) if held is not None else (None, None)
+        return fetch_path(self._remote, manifest, have=have, have_state=state, avoid=self._avoid)
 
     # --- applying --------------------------------------------------------------------------------------------------
 
@@ -276,19 +277,26 @@ class Consumer:
         began = time.perf_counter()
         seconds = {"fetch": 0.0, "decode": 0.0, "apply": 0.0, "verify": 0.0}
         bytes_fetched = hops = changed = 0
+        lost = False
         while True:
             held = self._require_held()
             if held.version >= manifest.version:
                 break
             if fetched is None:
-                fetched = self._fetch_to(manifest, held)
+                fetched = self._fetch_to(manifest, None if lost else held)
             seconds["fetch"] += fetched.seconds
             bytes_fetched += fetched.size
             if fetched.path.anchor_version is not None:
                 return self._apply_anchor(manifest, model, began, seconds, bytes_fetched, progress)
             target = Target(model, self._layouts, self._aliases, read=True)
             for hop, data in zip(fetched.path.hops, fetched.patches, strict=True):
-                if not self._hop(hop, data, target, seconds, progress):
+                try:
+                    self._hop(hop, data, target, seconds, progress)
+                except WrongBaseError:  # the model is not what it was left as: only an anchor helps
+                    lost = True
+                    break
+                except (RefetchError, MalformedError):
+                    self._avoid.add(hop.delta.object.key)
                     break
                 hops += 1
                 changed += self._remote.chain.manifests[hop.version].facts.get("changed", 0)
@@ -299,27 +307,22 @@ class Consumer:
             self._held.version, self._held.step, self._held.state, "delta", hops, bytes_fetched, changed, seconds
         )
 
-    def _hop(self, hop: Hop, data: bytes, target: Target, seconds: dict[str, float], progress: Progress | None) -> bool:
-        """Apply one patch; False if it does not fit, which leaves everything as it was and the patch avoided."""
+    def _hop(self, hop: Hop, data: bytes, target: Target, seconds: dict[str, float], progress: Progress | None) -> None:
+        """Apply one patch; if that raises, everything is as it was."""
         manifest = self._remote.chain.manifests[hop.version]
         layouts = dict(target.layouts)
-        try:
-            patch = Patch.parse(data)
-            if any(row.kind != "sparse" for row in patch.rows) or patch.removed:
-                raise RebaseError("the version has other tensors than the model")
-            if (patch.parent, patch.result) != (hop.delta.base_state, manifest.state):
-                raise MalformedError("the patch leads elsewhere than its manifest says")
-            report = apply_patch(
-                patch, layouts, target.cells, aliases=self._aliases, threads=self.threads, progress=progress
-            )
-        except (RefetchError, RebaseError, MalformedError):
-            self._avoid.add(hop.delta.object.key)
-            return False
+        patch = Patch.parse(data)
+        if any(row.kind != "sparse" for row in patch.rows) or patch.removed:
+            raise WrongBaseError("the version has other tensors than the model")
+        if (patch.parent, patch.result) != (hop.delta.base_state, manifest.state):
+            raise MalformedError("the patch leads elsewhere than its manifest says")
+        report = apply_patch(
+            patch, layouts, target.cells, aliases=self._aliases, threads=self.threads, progress=progress
+        )
         target.commit()
         for stage in ("decode", "apply", "verify"):
             seconds[stage] += report.seconds[stage]
         self._hold(manifest, layouts, report.tree.aliases)
-        return True
 
     def _apply_anchor(
         self,

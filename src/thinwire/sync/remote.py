@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Protocol
 
 from thinwire.chain.trusted import TrustedChain
-from thinwire.errors import DamagedObjectError, MalformedError, ObjectNotFoundError, RefetchError, UnsupportedError
+from thinwire.errors import DamagedObjectError, MalformedError, ObjectNotFoundError, RefetchError, RefuseError
 from thinwire.stores.protocol import Get, List
 from thinwire.sync.retrying import retrying
 from thinwire.wire import canonical
@@ -70,7 +71,7 @@ class Remote:
         data = self._get_manifest(version)
         try:
             return self.chain.accept(data, version=version)
-        except (MalformedError, UnsupportedError):  # a short or mangled reply is not the store's last word
+        except RefuseError:  # one short, mangled or mistaken reply is not the store's last word
             return self.chain.accept(self._get_manifest(version), version=version)
 
     def manifests(self, versions: Iterable[int]) -> None:
@@ -78,17 +79,17 @@ class Remote:
         missing = [v for v in versions if v not in self.chain.manifests]
 
         def get(version: int) -> tuple[int, bytes | None]:
-            try:
-                return version, self._get_manifest(version)
-            except ObjectNotFoundError:
-                return version, None
+            for _ in range(2):  # it lies between versions that are there: a replica may lag
+                with suppress(ObjectNotFoundError):
+                    return version, self._get_manifest(version)
+            return version, None
 
         with ThreadPoolExecutor(min(self.connections, max(len(missing), 1))) as pool:
             for version, data in pool.map(get, missing):
                 if data is not None:
                     try:
                         self.chain.accept(data, version=version)
-                    except (MalformedError, UnsupportedError):
+                    except RefuseError:
                         self.manifest(version)
 
     def newest(self) -> Manifest | None:
@@ -161,7 +162,7 @@ class Remote:
         return retrying(lambda: self.store.get(key, size_max=MANIFEST_BYTES_MAX), limit_s=self.retry_s)
 
     def fetch(self, ref: ObjectRef, hash_name: str) -> bytes:
-        """An object's bytes, which agree with their reference; one that does not is fetched once more.
+        """An object's bytes, which agree with their reference; one that is missing or does not is asked for twice.
 
         Raises:
             ObjectNotFoundError: it is not there.
@@ -171,7 +172,7 @@ class Remote:
         for last in (False, True):
             try:
                 return self._fetch_once(ref, hash_name)
-            except DamagedObjectError:
+            except RefetchError:
                 if last:
                     raise
         raise AssertionError("unreachable")

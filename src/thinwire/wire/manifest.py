@@ -1,7 +1,7 @@
 """A manifest: the commit of one version. It names its parent, its state's digest and every object with size and digest.
 
-The file is canonical JSON, ``{"signatures": [...], "signed": {...}}``; the digest of a manifest is the hash of the
-canonical bytes of ``signed``. Fields this version does not know are kept as they are, so that a tool that copies a
+The file is canonical JSON, ``{"digest": ..., "signatures": [...], "signed": {...}}``; the digest of a manifest is the
+hash of the canonical bytes of ``signed``. It stands in the file so that a mangled reply is told from a forged one. Fields this version does not know are kept as they are, so that a tool that copies a
 manifest never drops what a newer publisher wrote.
 """
 
@@ -140,7 +140,7 @@ class Manifest:
 
     def encode(self) -> bytes:
         """The file's bytes."""
-        return canonical.dump({"signatures": list(self.signatures), "signed": self.signed()})
+        return canonical.dump({"digest": self.digest, "signatures": list(self.signatures), "signed": self.signed()})
 
     @classmethod
     def parse(cls, data: bytes) -> Manifest:
@@ -151,8 +151,8 @@ class Manifest:
             UnsupportedError: another format version or an unknown hash.
         """
         envelope = canonical.parse(data, bytes_max=MANIFEST_BYTES_MAX)
-        if not isinstance(envelope, dict) or set(envelope) != {"signatures", "signed"}:
-            raise MalformedError("a manifest is an object of 'signatures' and 'signed'")
+        if not isinstance(envelope, dict) or set(envelope) != {"digest", "signatures", "signed"}:
+            raise MalformedError("a manifest is an object of 'digest', 'signatures' and 'signed'")
         value, signatures = envelope["signed"], envelope["signatures"]
         if not isinstance(value, dict) or not isinstance(signatures, list):
             raise MalformedError("a manifest's 'signed' or 'signatures' has the wrong type")
@@ -160,7 +160,11 @@ class Manifest:
             raise UnsupportedError(
                 f"manifest format {str(value.get('format'))[:40]!r}, known is {FORMAT_MANIFEST!r}; upgrade thinwire"
             )
-        hasher(str(value.get("hash")))
+        actual = hasher(str(value.get("hash")))(canonical.dump(value)).digest().hex()
+        if envelope["digest"] != actual:
+            raise MalformedError(
+                f"a manifest says its digest is {str(envelope['digest'])[:64]}, but it is {actual}; fetch it again"
+            )
         return _from_signed(value, tuple(signatures))
 
 
