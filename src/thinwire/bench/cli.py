@@ -1,0 +1,70 @@
+"""The command ``thinwire bench``, also ``python -m thinwire.bench``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+__all__ = ["app"]
+
+app = typer.Typer(help="Measure thinwire beside what others send.", no_args_is_help=True)
+
+
+@app.callback()
+def bench() -> None:
+    """Every figure comes with its peers beside it, and is verified before it is timed."""
+
+
+def _console(as_json: bool) -> Console:
+    console = Console(stderr=as_json)
+    return console if console.is_terminal else Console(stderr=as_json, width=132)
+
+
+@app.command()
+def codec(
+    size: Annotated[str, typer.Option(help="Bytes of one version, such as 256MiB or 1GiB.")] = "1GiB",
+    workload: Annotated[str, typer.Option(help="ulp, adam or both.")] = "both",
+    density: Annotated[float, typer.Option(help="Share of weights that change in workload ulp.")] = 0.01,
+    adam_density: Annotated[float, typer.Option(help="Share of weights that change in workload adam, about.")] = 0.025,
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds; best and median are shown.")] = 5,
+    threads: Annotated[int, typer.Option(min=0, help="0: one a core.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the weights.")] = 0,
+    peers: Annotated[bool, typer.Option(help="Measure what others send, too.")] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print rows of JSON.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Write the rows to this file.")] = None,
+    figures: Annotated[Path | None, typer.Option(help="Draw PNG and HTML into this folder.")] = None,
+) -> None:
+    """Size, speed and memory of thinwire's levels and their peers, on simulated steps."""
+    from thinwire.bench.codec import run_codecs
+    from thinwire.bench.measure import parse_size, write_rows
+    from thinwire.bench.report import codec_figure, codec_html, codec_table, stage_line
+    from thinwire.bench.workloads import WORKLOADS
+    from thinwire.errors import MisuseError
+
+    names = list(WORKLOADS) if workload == "both" else [workload]
+    if not set(names) <= set(WORKLOADS):
+        raise MisuseError(f"workload must be both, {' or '.join(WORKLOADS)}, not {workload!r}")
+    console, rows = _console(as_json), []
+    for name in names:
+        with console.status(f"{name}: making the weights") as status:
+            pair = WORKLOADS[name](parse_size(size), density if name == "ulp" else adam_density, seed)
+            found = run_codecs(
+                pair, repeats=repeats, threads=threads, peers=peers,
+                report=lambda text, name=name: status.update(f"{name}: {text}"),  # type: ignore[misc]
+            )  # fmt: skip
+            del pair
+        rows += found
+        console.print(codec_table(found))
+        console.print(stage_line(found))
+        if figures is not None:
+            codec_figure(found, figures / f"codec-{name}.png")
+            codec_html(found, figures / f"codec-{name}.html")
+    if out is not None:
+        write_rows(out, rows)
+    if as_json:
+        for row in rows:
+            typer.echo(json.dumps(row, sort_keys=True))

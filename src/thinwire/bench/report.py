@@ -1,0 +1,148 @@
+"""Rows of the codec benchmark as a table and as a figure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+__all__ = ["codec_figure", "codec_html", "codec_table", "stage_line"]
+
+Row = dict[str, Any]
+_OURS, _THEIRS = "#0b6e4f", "#8a8f98"
+_STAGES = (("encode", "old and new state to patch"), ("apply", "patch to new state"))
+
+
+def _codecs(rows: Sequence[Row]) -> list[Row]:
+    return [row for row in rows if row["bench"] == "codec"]
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def _title(row: Row) -> str:
+    size = row["state_bytes"] / (1 << 30)
+    shown = f"{size:g} GiB" if size >= 1 else f"{size * 1024:g} MiB"
+    return f"{row['workload']['name']}: {shown} of bf16, {100 * row['density']:.2f} % changed"
+
+
+def codec_table(rows: Sequence[Row]) -> Table:
+    """One line a codec. Speeds are GiB of state a second, best (median)."""
+    first = _codecs(rows)[0]
+    entropy = first["entropy"]
+    table = Table(title=_title(first), title_justify="left", caption_justify="left")
+    table.caption = (
+        f"Entropy {entropy['plain']:.3f} B a change, given the exponents {entropy['exponent']:.3f}. Speeds in GiB of "
+        f"state a second, best (median), {first['threads']} threads.\nthinwire computes digests both ways, the others "
+        f"none: '+digest' adds the time of one.\nPlain copy {first['copy_s']:.3f} s, digest {first['digest_s']:.3f} s. "
+        f"Load {first['load_before']} to {first['load_after']}."
+    )
+    table.add_column("codec")
+    for heading in (
+        "B/changed",
+        "encode",
+        "+digest",
+        "apply",
+        "+digest",
+        "copies enc/apply",
+        "extra memory % enc/apply",
+    ):
+        table.add_column(heading, justify="right")
+    for row in _codecs(rows):
+        cells = [row["codec"], _number(row["bytes_per_changed"], 3)]
+        for stage, _ in _STAGES:
+            t = row[stage]
+            cells.append(f"{t['best_gib_s']:.2f} ({t['median_gib_s']:.2f})")
+            cells.append(f"{t['best_gib_s_with_digest']:.2f}")
+        cells.append("/".join(_number(row[stage]["copies"], 1) for stage, _ in _STAGES))
+        cells.append("/".join(_number(row[stage]["extra_memory_percent"], 1) for stage, _ in _STAGES))
+        table.add_row(*cells, style="bold" if row["computes_digest"] else "")
+    return table
+
+
+def stage_line(rows: Sequence[Row]) -> str:
+    """Single-thread seconds per GiB by stage."""
+    found = [row for row in rows if row["bench"] == "stages"]
+    parts = [f"{name} {cost:.3f}" for name, cost in found[0]["seconds_per_gib"].items()] if found else []
+    return "One thread, s/GiB of state: " + ", ".join(parts)
+
+
+def codec_figure(rows: Sequence[Row], path: Path) -> None:
+    """Size against speed, one panel a direction, as a PNG.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 5.4), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    shown = _codecs(rows)
+    entropy = shown[0]["entropy"]
+    for axis, (stage, label) in zip(axes, _STAGES, strict=True):
+        for row in shown:
+            ours = row["computes_digest"]
+            x, y = row[stage]["best_gib_s_with_digest"], row["bytes_per_changed"]
+            axis.plot(x, y, "o", markersize=8, color=_OURS if ours else _THEIRS)
+            axis.annotate(
+                row["codec"], (x, y), (6, 4), textcoords="offset points", fontsize=8, color=_OURS if ours else "#30343b"
+            )
+        axis.axhline(entropy["plain"], color="#c0392b", linewidth=1, linestyle="--")
+        axis.annotate(
+            "entropy",
+            (0.01, entropy["plain"]),
+            (2, -11),
+            xycoords=("axes fraction", "data"),
+            textcoords="offset points",
+            fontsize=8,
+            color="#c0392b",
+        )
+        if entropy["exponent"] < 0.97 * entropy["plain"]:
+            axis.axhline(entropy["exponent"], color="#c0392b", linewidth=1, linestyle=":")
+        axis.set(xscale="log", yscale="log", xlabel="GiB of state a second, digest included", title=label)
+        axis.grid(True, which="both", alpha=0.2)
+        axis.margins(x=0.18, y=0.1)
+    axes[0].set_ylabel("bytes per changed element")
+    figure.suptitle(_title(shown[0]))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+
+
+def codec_html(rows: Sequence[Row], path: Path) -> None:
+    """The same figure as one HTML file that needs nothing else.
+
+    Raises:
+        ImportError: Plotly is not installed.
+    """
+    import plotly.graph_objects as go
+    from plotly.subplots import make_subplots
+
+    shown = _codecs(rows)
+    figure = make_subplots(rows=1, cols=2, shared_yaxes=True, subplot_titles=[label for _, label in _STAGES])
+    for column, (stage, _) in enumerate(_STAGES, start=1):
+        for ours in (True, False):
+            some = [row for row in shown if row["computes_digest"] is ours]
+            figure.add_trace(
+                go.Scatter(
+                    x=[row[stage]["best_gib_s_with_digest"] for row in some],
+                    y=[row["bytes_per_changed"] for row in some],
+                    text=[row["codec"] for row in some],
+                    mode="markers+text",
+                    textposition="top center",
+                    marker={"size": 10, "color": _OURS if ours else _THEIRS},
+                    name="thinwire" if ours else "others",
+                    showlegend=column == 1,
+                ),
+                row=1,
+                col=column,
+            )
+        figure.add_hline(shown[0]["entropy"]["plain"], line_dash="dash", line_color="#c0392b", row=1, col=column)
+        figure.update_xaxes(type="log", title="GiB of state a second, digest included", row=1, col=column)
+        figure.update_yaxes(type="log", row=1, col=column)
+    figure.update_yaxes(title="bytes per changed element", row=1, col=1)
+    figure.update_layout(title=_title(shown[0]), template="plotly_white")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.write_html(path, include_plotlyjs=True)
