@@ -212,7 +212,14 @@ def test_a_flipped_byte_raises_only_our_errors(where: int, flip: int) -> None:
         pass
 
 
-@given(st.recursive(st.none() | st.booleans() | st.integers(-(2**60), 2**60) | st.text(), lambda x: st.lists(x) | st.dictionaries(st.text(), x), max_leaves=10))  # fmt: skip
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**60), 2**60) | st.text(),
+    lambda x: st.lists(x) | st.dictionaries(st.text(), x),
+    max_leaves=10,
+)
+
+
+@given(JSON)
 def test_canonical_json_is_read_back_and_nothing_else_is(value: object) -> None:
     data = canonical.dump(value)
     assert canonical.parse(data, bytes_max=1 << 20) == value

@@ -1,7 +1,8 @@
 """A manifest: the commit of one version. It names its parent, its state's digest and every object with size and digest.
 
 The file is canonical JSON, ``{"digest": ..., "signatures": [...], "signed": {...}}``; the digest of a manifest is the
-hash of the canonical bytes of ``signed``. It stands in the file so that a mangled reply is told from a forged one. Fields this version does not know are kept as they are, so that a tool that copies a
+hash of the canonical bytes of ``signed``. It stands in the file so that a mangled reply is told from a forged one.
+Fields this version does not know are kept as they are, so that a tool that copies a
 manifest never drops what a newer publisher wrote.
 """
 

@@ -54,7 +54,8 @@ def _chunk(data: bytes, at: int, count: int) -> tuple[list[int], int]:
     at += 3
     states = [int.from_bytes(data[at + 4 * lane : at + 4 * lane + 4], "little") for lane in range(lanes)]
     at += 4 * lanes
-    starts, slots = [], []
+    starts: list[int] = []
+    slots: list[int] = []
     for symbol, frequency in enumerate(frequencies):
         starts.append(len(slots))
         slots += [symbol] * frequency

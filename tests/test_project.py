@@ -1,0 +1,104 @@
+"""The house rules that can be checked: layers, the public surface, inert imports, examples that run."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import pkgutil
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import thinwire
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCE = ROOT / "src" / "thinwire"
+
+
+def test_imports_go_down_only() -> None:
+    command = [str(Path(sys.executable).with_name("lint-imports")), "--config", str(ROOT / "pyproject.toml")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout
+
+
+def test_the_public_surface_is_what_it_was() -> None:
+    assert thinwire.__all__ == [
+        "ApplyResult", "Consumer", "PublishReport", "Publisher", "ThinwireError", "Version", "__version__", "open_store",
+    ]  # fmt: skip
+    for name in thinwire.__all__:
+        assert getattr(thinwire, name) is not None
+    with pytest.raises(AttributeError):
+        thinwire.nothing  # noqa: B018
+
+
+def test_importing_is_inert() -> None:
+    code = (
+        "import sys, logging, os; before = dict(os.environ); import thinwire; "
+        "heavy = {'torch', 'numba', 'numpy', 'obstore', 'fsspec', 'rich', 'typer'} & set(sys.modules); "
+        "assert not heavy, heavy; assert dict(os.environ) == before; assert not logging.getLogger().handlers"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+OPTIONAL = {"fsspec", "plotly", "transformers", "pcodec", "gguf", "matplotlib"}
+
+
+def test_each_optional_dependency_is_imported_in_one_place() -> None:
+    """In one file of each layer that uses it, and nowhere at import time of another."""
+    found: dict[str, set[str]] = {}
+    for path in SOURCE.rglob("*.py"):
+        for match in re.finditer(r"^\s*(?:import|from) (\w+)", path.read_text(), re.MULTILINE):
+            if match[1] in OPTIONAL:
+                found.setdefault(match[1], set()).add(str(path.relative_to(SOURCE)))
+    for name, files in found.items():
+        layers = [f.split("/")[0] for f in files]
+        assert len(layers) == len(set(layers)), f"{name}: {sorted(files)}"
+
+
+def modules() -> list[str]:
+    skipped = ("thinwire.__main__", "thinwire.bench.__main__", "thinwire.lab.demo.__main__")
+    names = [m.name for m in pkgutil.walk_packages([str(SOURCE)], "thinwire.")]
+    return ["thinwire", *(name for name in names if name not in skipped)]
+
+
+@pytest.mark.parametrize("name", modules())
+def test_examples_in_docstrings_run(name: str) -> None:
+    module = importlib.import_module(name)
+    result = doctest.testmod(module, optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
+    assert result.failed == 0
+
+
+DOCS = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
+
+
+@pytest.mark.parametrize("path", DOCS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_python_in_the_docs_runs(path: Path, tmp_path: Path) -> None:
+    blocks = re.findall(r"^```python\n(.*?)^```", path.read_text(), re.MULTILINE | re.DOTALL)
+    if not blocks:
+        return
+    script = tmp_path / "docs.py"
+    script.write_text("\n".join(blocks))
+    done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, f"{path}:\n{done.stderr}"
+
+
+@pytest.mark.parametrize("path", DOCS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_links_between_docs_lead_somewhere(path: Path) -> None:
+    for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", path.read_text()):
+        if "://" not in target:
+            assert (path.parent / target).exists(), f"{path.relative_to(ROOT)} links to {target}"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda p: p.name)
+def test_examples_run(path: Path, tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, str(path)], cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip(), "an example shows something"
+
+
+def test_no_file_is_too_long_to_hold_in_the_head() -> None:
+    long = {str(p.relative_to(ROOT)): n for p in SOURCE.rglob("*.py") if (n := len(p.read_text().splitlines())) > 480}
+    assert not long
