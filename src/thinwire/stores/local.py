@@ -23,6 +23,7 @@ import errno
 import os
 import secrets
 import stat
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -45,6 +46,7 @@ __all__ = ["LocalStore"]
 
 _TEMPORARY = "~tmp"  # "~" is in no key, so no key can name it
 _LEFTOVER_AGE_S = 86400.0
+_LOOK_EVERY_S = 0.02
 _NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EINVAL}
 _CALLERS_FAULT = {
     errno.EACCES,
@@ -121,6 +123,17 @@ class LocalStore:
                     raise IsADirectoryError(errno.EISDIR, "objects lie below this key", path) from error
                 if not os.path.samefile(temporary, path):  # NFS: the link was made, its reply was lost
                     raise already_there(self.url, key) from error
+
+    def wait_for(self, key: str, *, timeout_s: float) -> bool:
+        """Looks every few milliseconds: of a folder that is cheap, and it works on network file systems too."""
+        path = self._path(key)
+        deadline = time.monotonic() + timeout_s
+        while not os.path.exists(path):
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return False
+            time.sleep(min(_LOOK_EVERY_S, left))
+        return True
 
     def head(self, key: str) -> ObjectInfo:
         path = self._path(key)

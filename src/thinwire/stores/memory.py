@@ -19,7 +19,7 @@ __all__ = ["MemoryStore"]
 class _Shelf:
     """The objects of one store: bytes and time of last change by key."""
 
-    lock: threading.Lock = field(default_factory=threading.Lock)
+    lock: threading.Condition = field(default_factory=threading.Condition)
     objects: dict[str, tuple[bytes, float]] = field(default_factory=dict)
 
 
@@ -74,6 +74,7 @@ class MemoryStore:
         joined = b"".join(views(data))
         with self._shelf.lock:
             self._shelf.objects[key] = (joined, time.time())
+            self._shelf.lock.notify_all()
 
     def create(self, key: str, data: Blob) -> None:
         check_key(key)
@@ -82,6 +83,12 @@ class MemoryStore:
             if key in self._shelf.objects:
                 raise already_there(self._url, key)
             self._shelf.objects[key] = (joined, time.time())
+            self._shelf.lock.notify_all()
+
+    def wait_for(self, key: str, *, timeout_s: float) -> bool:
+        check_key(key)
+        with self._shelf.lock:
+            return self._shelf.lock.wait_for(lambda: key in self._shelf.objects, timeout=timeout_s)
 
     def head(self, key: str) -> ObjectInfo:
         data, modified_s = self._find(key)

@@ -4,6 +4,9 @@ A store maps keys to immutable bytes. Keys are relative, ``/``-separated paths o
 (:func:`check_key`). A function asks for the protocols it uses and no more, so that its signature shows which
 requests it can make; no implementation caches or makes requests that were not asked for.
 
+A store that knows it does not enforce create-only says so with an attribute ``create_is_atomic = False``. Listings skip
+objects whose names are not valid keys.
+
 Only one verb must be atomic between machines: :meth:`Create.create`. Everything that two writers may race for rests
 on it, because compare-and-swap is missing or broken on real servers.
 """
@@ -17,7 +20,20 @@ from typing import Protocol, runtime_checkable
 
 from thinwire.errors import MisuseError
 
-__all__ = ["Blob", "Create", "Delete", "Get", "GetRange", "Head", "List", "ObjectInfo", "Put", "Store", "check_key"]
+__all__ = [
+    "Blob",
+    "Create",
+    "Delete",
+    "Get",
+    "GetRange",
+    "Head",
+    "List",
+    "Notify",
+    "ObjectInfo",
+    "Put",
+    "Store",
+    "check_key",
+]
 
 Blob = Sequence[bytes | bytearray | memoryview]
 """An object's bytes as consecutive buffers, so that large ones need not be joined in memory first."""
@@ -116,6 +132,15 @@ class List(Protocol):
 class Delete(Protocol):
     def delete(self, key: str) -> None:
         """Remove the object; one that is not there is no error."""
+        ...
+
+
+@runtime_checkable
+class Notify(Protocol):
+    """An extra that some stores have: to be woken instead of asking again and again."""
+
+    def wait_for(self, key: str, *, timeout_s: float) -> bool:
+        """Block until an object has this key, at most ``timeout_s``; whether it has. A hint: ``get`` decides."""
         ...
 
 

@@ -18,7 +18,7 @@ from thinwire.errors import (
     StoreUnavailableError,
     WrongBaseError,
 )
-from thinwire.stores import open_store
+from thinwire.stores import Notify, open_store
 from thinwire.sync.apply import apply_patch
 from thinwire.sync.encode import Progress
 from thinwire.sync.host import Fetched, HostState, fetch_path, fetch_state
@@ -254,9 +254,8 @@ class Consumer:
     def _wait(self) -> None:
         """Until a new version may be there: on a notification where the store has one, else for the poll interval."""
         held = self._require_held()
-        notified = getattr(self.store, "wait_for", None)
-        if notified is not None:
-            notified(manifest_key(held.version + 1), timeout_s=jittered(self.poll_s))
+        if isinstance(self.store, Notify):
+            self.store.wait_for(manifest_key(held.version + 1), timeout_s=jittered(self.poll_s))
         else:
             time.sleep(jittered(self.poll_s))
 

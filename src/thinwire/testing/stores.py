@@ -23,7 +23,7 @@ import pytest
 
 from thinwire.errors import DamagedObjectError, MisuseError, ObjectExistsError, ObjectNotFoundError, RetryError
 from thinwire.stores.probe import enforces_create
-from thinwire.stores.protocol import Store
+from thinwire.stores.protocol import Notify, Store
 
 __all__ = ["StoreContract"]
 
@@ -76,6 +76,19 @@ class StoreContract:
     @pytest.fixture
     def store(self) -> Store:
         raise NotImplementedError("give the subclass a fixture 'store' that returns an empty store")
+
+    # --- extras ------------------------------------------------------------------------------------------------------
+
+    def test_a_waiter_is_woken_or_times_out(self, store: Store) -> None:
+        """Only for stores that have the extra."""
+        if not isinstance(store, Notify):
+            return
+        assert not store.wait_for("later", timeout_s=0.01)
+        timer = threading.Timer(0.05, lambda: store.create("later", [b"x"]))
+        timer.start()
+        assert store.wait_for("later", timeout_s=30)
+        timer.join()
+        assert store.wait_for("later", timeout_s=0)
 
     # --- get, put ----------------------------------------------------------------------------------------------------
 
