@@ -6,6 +6,7 @@ import copy
 import threading
 from concurrent.futures import Future
 
+import numpy as np
 import pytest
 import torch
 
@@ -416,3 +417,30 @@ def test_the_tree_tells_which_tensor_diverged() -> None:
 def test_wrong_arguments_say_what_is_right(arguments: dict[str, object]) -> None:
     with pytest.raises(MisuseError):
         thinwire.Publisher("memory://misuse", **arguments)  # type: ignore[arg-type]
+
+
+def test_tensors_off_the_host_get_only_what_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: nothing is a view of host memory, and changes are scattered."""
+    from thinwire.sync import target as target_module
+
+    monkeypatch.setattr(target_module, "is_host_view", lambda tensor: False)
+    scattered: list[int] = []
+    real = target_module.scatter_
+
+    def counting(tensor: torch.Tensor, positions: np.ndarray, cells: np.ndarray) -> None:
+        scattered.append(positions.size)
+        real(tensor, positions, cells)
+
+    monkeypatch.setattr(target_module, "scatter_", counting)
+    store, model = MemoryStore(), small_model()
+    publisher = thinwire.Publisher(store, level="smallest")
+    publisher.publish(model)
+    worker, consumer = small_model(1), thinwire.Consumer(store)
+    consumer.load(worker)
+    nudge(model, 1)
+    report = publisher.publish(model)
+    version = consumer.poll()
+    assert version is not None
+    version.apply(worker)
+    assert bits(worker) == bits(model)
+    assert sum(scattered) == report.changed

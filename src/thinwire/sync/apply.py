@@ -7,7 +7,7 @@ decoded ones, so undo needs no memory of its own; they are put back if anything 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 
@@ -31,11 +31,15 @@ Cells = npt.NDArray[np.unsignedinteger]
 
 @dataclass(frozen=True, slots=True)
 class ApplyReport:
-    """What an apply did: the tree of the result, changed cells, seconds by stage."""
+    """What an apply did: the tree of the result, changed cells, seconds by stage.
+
+    ``touched`` holds the changed positions of the tensors that were asked for; None stands for all.
+    """
 
     tree: Tree
     changed: int
     seconds: dict[str, float]
+    touched: dict[str, npt.NDArray[np.int64] | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,12 +242,14 @@ def apply_patch(
     aliases: Mapping[str, str] | None = None,
     threads: int = 0,
     progress: Progress | None = None,
+    watch: Collection[str] = (),
 ) -> ApplyReport:
     """Change ``cells`` (1-d, writable, by name) in place from the patch's parent to its result.
 
     ``layouts`` and ``cells`` get the result's tensors: entries are added and removed as the patch says. Whether the
     base is the parent shows in the result's digest, which is computed from the cells as they are then; if it differs,
-    or if anything raises, all cells are put back first.
+    or if anything raises, all cells are put back first. The report tells the changed positions of the tensors in
+    ``watch``.
 
     Raises:
         WrongBaseError: the base has other tensors, or other contents, than the patch's parent; both digests are named.
@@ -293,7 +299,7 @@ def apply_patch(
     layouts.update(after_layouts)
     ended = time.perf_counter()
     seconds = {"decode": decoded - began, "apply": applied - decoded, "verify": ended - applied, "total": ended - began}
-    return ApplyReport(tree, patch.changed, seconds)
+    return ApplyReport(tree, patch.changed, seconds, _touched(works, watch))
 
 
 _NOTHING: Cells = np.empty(0, np.uint8)
@@ -310,6 +316,21 @@ def _drain(futures: Sequence[Future[None]]) -> None:
         raise
     for future in futures:
         future.result()
+
+
+def _touched(works: Sequence[_Work], watch: Collection[str]) -> dict[str, npt.NDArray[np.int64] | None]:
+    parts: dict[str, list[npt.NDArray[np.int64]]] = {name: [] for name in watch}
+    whole: set[str] = set()
+    for work in works:
+        for piece in work.pieces:
+            if piece.name in parts and isinstance(work.changes, Changes):
+                positions = work.changes.positions
+                first, last = np.searchsorted(positions, [piece.offset, piece.offset + piece.stop - piece.start])
+                parts[piece.name].append(positions[first:last].astype(np.int64) + (piece.start - piece.offset))
+            elif piece.name in parts and work.changes is not None:
+                whole.add(piece.name)
+    none = np.empty(0, np.int64)
+    return {name: None if name in whole else np.concatenate([none, *found]) for name, found in parts.items()}
 
 
 def _fresh_tensors(patch: Patch, cells: Mapping[str, Cells]) -> dict[str, Cells]:

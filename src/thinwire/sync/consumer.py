@@ -316,9 +316,15 @@ class Consumer:
         if (patch.parent, patch.result) != (hop.delta.base_state, manifest.state):
             raise MalformedError("the patch leads elsewhere than its manifest says")
         report = apply_patch(
-            patch, layouts, target.cells, aliases=self._aliases, threads=self.threads, progress=progress
+            patch,
+            layouts,
+            target.cells,
+            aliases=self._aliases,
+            threads=self.threads,
+            progress=progress,
+            watch=target.staged,
         )
-        target.commit()
+        target.commit(report.touched)
         for stage in ("decode", "apply", "verify"):
             seconds[stage] += report.seconds[stage]
         self._hold(manifest, layouts, report.tree.aliases)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 
 import numpy as np
 import numpy.typing as npt
@@ -11,6 +11,7 @@ import torch
 from thinwire.errors import MisuseError, RebaseError
 from thinwire.sync.layout import Layout
 from thinwire.tensors.bits import cells_of, dtype_of_tensor, is_host_view, shape_of, tensor_of
+from thinwire.tensors.device import scatter_
 from thinwire.tensors.tree import state_of
 
 __all__ = ["Target"]
@@ -74,11 +75,23 @@ class Target:
             or entries[alias].stride() != canonical[name].stride()
         ]
 
-    def commit(self) -> None:
-        """Write staged cells to their tensors. Views need nothing: they are the tensors."""
+    @property
+    def staged(self) -> Set[str]:
+        """Names of tensors whose cells are copies."""
+        return self._staged.keys()
+
+    def commit(self, touched: Mapping[str, npt.NDArray[np.int64] | None] | None = None) -> None:
+        """Write staged cells to their tensors. Views need nothing: they are the tensors.
+
+        ``touched`` gives the positions that changed, where they are known: only those are sent to a device.
+        """
         with torch.no_grad():
             for name, tensor in self._staged.items():
-                self._copy(tensor, name)
+                where = (touched or {}).get(name)
+                if where is not None and tensor.is_contiguous() and where.size < tensor.numel() // 8:
+                    scatter_(tensor, where, self.cells[name][where])
+                else:
+                    self._copy(tensor, name)
             for tensor, name in self._mirrors:
                 self._copy(tensor, name)
             for name, tensor in self._staged.items():

@@ -10,12 +10,14 @@ import numpy.typing as npt
 from numba import njit
 
 from thinwire.wire.values import flip_mask, step_of, unstep
-from thinwire.wire.vector import LANES, differing_lanes, trailing_zeros
+from thinwire.wire.vector import LANES, differing_lanes, prefetch, trailing_zeros
 
-__all__ = ["advance", "count_changed", "find_changed", "swap_absolute", "swap_steps"]
+__all__ = ["advance", "count_changed", "find_changed", "swap_absolute", "swap_steps", "take_changed"]
 
 Cells = npt.NDArray[np.unsignedinteger]
 Positions = npt.NDArray[np.uint32]
+
+_AHEAD = 64  # changes: sparse ones lie too far apart for the processor to fetch them ahead by itself
 
 
 @njit(nogil=True, cache=True)
@@ -58,6 +60,38 @@ def _find_absolute(old, new, offset, positions, codes, found):
 
 
 @njit(nogil=True, cache=True)
+def _take_steps(old, new, offset, flip, spare, positions, codes, found):
+    n = old.shape[0]
+    for start in range(0, n, LANES):
+        lanes = _differing(old, new, start, min(LANES, n - start))
+        while lanes != np.uint64(0):
+            i = start + trailing_zeros(lanes)
+            lanes &= lanes - np.uint64(1)
+            after = new[i]  # read once: should it change meanwhile, the code and the cell still agree
+            positions[found] = offset + i
+            codes[found] = step_of(old[i], after, flip, spare)
+            old[i] = after
+            found += 1
+    return found
+
+
+@njit(nogil=True, cache=True)
+def _take_absolute(old, new, offset, positions, codes, found):
+    n = old.shape[0]
+    for start in range(0, n, LANES):
+        lanes = _differing(old, new, start, min(LANES, n - start))
+        while lanes != np.uint64(0):
+            i = start + trailing_zeros(lanes)
+            lanes &= lanes - np.uint64(1)
+            after = new[i]
+            positions[found] = offset + i
+            codes[found] = after
+            old[i] = after
+            found += 1
+    return found
+
+
+@njit(nogil=True, cache=True)
 def _count(old, new):
     n = old.shape[0]
     changed = 0
@@ -79,8 +113,11 @@ def _advance(cells, offset, flip, spare, absolute, positions, codes, first, last
 @njit(nogil=True, cache=True)
 def _swap_steps(cells, offset, flip, spare, positions, codes, first):
     stop = offset + cells.shape[0]
+    last = positions.shape[0] - 1
     k = first
-    while k < positions.shape[0] and np.int64(positions[k]) < stop:
+    while k <= last and np.int64(positions[k]) < stop:
+        ahead = min(k + _AHEAD, last)
+        prefetch(cells, np.int64(positions[ahead]) - offset)
         i = np.int64(positions[k]) - offset
         old = cells[i]
         cells[i] = unstep(old, codes[k], flip, spare)
@@ -92,8 +129,11 @@ def _swap_steps(cells, offset, flip, spare, positions, codes, first):
 @njit(nogil=True, cache=True)
 def _swap_absolute(cells, offset, positions, codes, first):
     stop = offset + cells.shape[0]
+    last = positions.shape[0] - 1
     k = first
-    while k < positions.shape[0] and np.int64(positions[k]) < stop:
+    while k <= last and np.int64(positions[k]) < stop:
+        ahead = min(k + _AHEAD, last)
+        prefetch(cells, np.int64(positions[ahead]) - offset)
         i = np.int64(positions[k]) - offset
         old = cells[i]
         cells[i] = codes[k]
@@ -114,6 +154,16 @@ def find_changed(
         return int(_find_absolute(old, new, offset, positions, codes, found))
     flip, spare = flip_mask(is_float, old.itemsize), 64 - 8 * old.itemsize
     return int(_find_steps(old, new, offset, flip, spare, positions, codes, found))
+
+
+def take_changed(
+    old: Cells, new: Cells, offset: int, positions: Positions, codes: Cells, found: int, *, is_float: bool, values: str
+) -> int:
+    """:func:`find_changed` and :func:`advance` in one pass: ``old`` becomes ``new`` while it is in cache."""
+    if values == "absolute":
+        return int(_take_absolute(old, new, offset, positions, codes, found))
+    flip, spare = flip_mask(is_float, old.itemsize), 64 - 8 * old.itemsize
+    return int(_take_steps(old, new, offset, flip, spare, positions, codes, found))
 
 
 def count_changed(old: Cells, new: Cells) -> int:
