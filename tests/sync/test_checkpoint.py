@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import struct
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -93,7 +94,7 @@ def test_changed_cells_only_are_written_in_a_copy_and_give_the_same_as_writing_a
     apply(old, patch, tmp_path / "fast")
     assert not calls
     monkeypatch.undo()
-    monkeypatch.setattr(rewrite_module, "_same_size_headers", lambda *a: None)
+    monkeypatch.setattr(rewrite_module, "_same_size_headers", lambda *_: None)
     apply(old, patch, tmp_path / "slow")
     assert (tmp_path / "fast").read_bytes() == (tmp_path / "slow").read_bytes() == new.read_bytes()
 
@@ -173,7 +174,7 @@ def test_several_patches_at_once(tmp_path: Path) -> None:
     paths = [save(tmp_path / "0", state())]
     for k in range(1, 4):
         paths.append(save(tmp_path / str(k), nudged(load(paths[-1]), seed=k)))
-    patches = [diff(a, b) for a, b in zip(paths, paths[1:], strict=False)]
+    patches = [diff(a, b) for a, b in pairwise(paths)]
     patch_checkpoint(open_checkpoint(paths[0]), patches, paths[0])  # in its own place
     assert paths[0].read_bytes() == paths[3].read_bytes()
 
@@ -384,7 +385,11 @@ def test_files_are_copied_where_the_kernel_cannot(tmp_path: Path, monkeypatch: p
     (tmp_path / "a").write_bytes(data)
     seen: list[tuple[int, int]] = []
     copy_bytes(tmp_path / "a", tmp_path / "b", progress=lambda *x: seen.append(x))
-    monkeypatch.setattr(os, "copy_file_range", lambda *a: (_ for _ in ()).throw(OSError(18, "cross-device link")))
+
+    def refuse(*_: object) -> int:
+        raise OSError(18, "Invalid cross-device link")
+
+    monkeypatch.setattr(os, "copy_file_range", refuse)
     copy_bytes(tmp_path / "a", tmp_path / "c")
     assert (tmp_path / "b").read_bytes() == (tmp_path / "c").read_bytes() == data
     assert seen[-1] == (4321, 4321)

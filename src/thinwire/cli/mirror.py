@@ -1,0 +1,195 @@
+"""A folder whose ``model.safetensors`` is some published version, always: what ``pull`` and ``follow`` keep up to date.
+
+The file says which version it is, in its metadata; whether it is that is proved by digests. An update changes a copy of
+the file and gives it the name, so that whoever reads the file sees one version or the other, and a process that is
+killed at any moment leaves a version behind from which the next one goes on.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from thinwire.chain.plan import plan
+from thinwire.errors import MalformedError, MisuseError, NoPathError, RebaseError, RefetchError, RefuseError
+from thinwire.sync.anchor import write_shards
+from thinwire.sync.checkpoint import Checkpoint, open_checkpoint, tree_of_checkpoint
+from thinwire.sync.files import Stages, stage_of, write_file
+from thinwire.sync.host import Fetched, fetch_path, fetch_state
+from thinwire.sync.remote import Remote
+from thinwire.sync.rewrite import padded, patch_checkpoint
+from thinwire.wire.container import PREFIX_BYTES
+from thinwire.wire.manifest import Manifest
+from thinwire.wire.patch import Patch
+
+__all__ = ["FILE_NAME", "Mirror", "Update"]
+
+FILE_NAME = "model.safetensors"
+VERSION_KEY, STATE_KEY = "thinwire.version", "thinwire.state"
+_LOCK_NAME = ".thinwire.lock"
+_SPARE_BYTES = 64  # of the header, so that it can name later versions without moving the tensors
+_HOPS_MAX = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """How the folder came to a version: ``held`` (it was there), ``delta``, ``anchor`` or ``anchor+delta``."""
+
+    version: int
+    step: int | None
+    state: str
+    file: str
+    path: str
+    hops: int
+    bytes_fetched: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """What the file in the folder says of itself."""
+
+    checkpoint: Checkpoint
+    version: int
+    state: str
+
+
+class Mirror:
+    """Args: the folder, which is made; the chain; a callback for progress and one for warnings.
+
+    Raises:
+        MisuseError: the folder cannot be made, or :meth:`locked` by somebody else.
+    """
+
+    def __init__(
+        self, folder: Path, remote: Remote, *, threads: int, stages: Stages | None, warn: Callable[[str], None]
+    ) -> None:
+        self.folder, self.file, self.remote = folder, folder / FILE_NAME, remote
+        self.threads, self.stages, self.warn = threads, stages, warn
+        self.avoid: set[str] = set()
+        self._proved: str | None = None
+        folder.mkdir(parents=True, exist_ok=True)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep others out, and clear away what a killed one left. The lock ends with the process, however it ends."""
+        try:
+            import fcntl
+        except ImportError:  # pragma: no cover - not on Windows
+            yield
+            return
+        with open(self.folder / _LOCK_NAME, "ab") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise MisuseError(
+                    f"another pull or follow is at work in {self.folder}; use another folder", path=str(self.folder)
+                ) from error
+            for leftover in self.folder.glob(f".{FILE_NAME}.*.tmp"):
+                with suppress(FileNotFoundError):
+                    leftover.unlink()
+            yield
+
+    def version(self) -> int:
+        """The version that the file claims to be; 0 without a file."""
+        held = self._held()
+        return held.version if held else 0
+
+    def _held(self) -> _Held | None:
+        if not self.file.exists():
+            return None
+        try:
+            checkpoint = open_checkpoint(self.file)
+            metadata = checkpoint.files[0].header.metadata
+            return _Held(checkpoint, int(metadata[VERSION_KEY]), metadata[STATE_KEY])
+        except (RefuseError, KeyError, ValueError) as error:
+            why = str(error) if isinstance(error, RefuseError) else "it names no version"
+            raise MisuseError(
+                f"{self.file} is not one that thinwire pulled ({why}), so it is not replaced; "
+                "use another folder, or remove it",
+                path=str(self.file),
+            ) from error
+
+    def bring_to(self, target: Manifest) -> Update:
+        """Make the file that of ``target``.
+
+        Raises:
+            NoPathError: no intact objects lead there. The file is as it was.
+            MisuseError: the file is not one that was written here.
+            RetryError: the store does not answer.
+        """
+        began = time.perf_counter()
+        held = self._held()
+        path, hops, size = "held", 0, 0
+        if (
+            held is None
+            or (held.version, held.state) != (target.version, target.state)
+            or not self._is_intact(held, target)
+        ):
+            fetched = self._by_deltas(held, target) if held is not None and held.version < target.version else None
+            if fetched is not None:
+                path, hops, size = "delta", len(fetched.patches), fetched.size
+            else:
+                path, hops, size = self._whole(target)
+        self._proved = target.state
+        return Update(
+            target.version, target.step, target.state, str(self.file), path, hops, size, time.perf_counter() - began
+        )
+
+    def _is_intact(self, held: _Held, target: Manifest) -> bool:
+        if self._proved == target.state:
+            return True
+        tree = tree_of_checkpoint(held.checkpoint, hash_name=target.hash, threads=self.threads, stages=self.stages)
+        if tree.digest == target.state:
+            return True
+        self.warn(f"{self.file} says it is version {held.version} and is not; it is fetched anew")
+        return False
+
+    def _by_deltas(self, held: _Held, target: Manifest) -> Fetched | None:
+        """Patch the file, if that is the cheapest way; None if it is not, or does not work out."""
+        if target.version - held.version > _HOPS_MAX:
+            return None
+        self.remote.manifests(range(min(target.anchor_version, held.version), target.version))
+        manifests = self.remote.chain.manifests
+        try:
+            way = plan(manifests, target.version, have=held.version, have_state=held.state, avoid=self.avoid)
+            if way.anchor_version is not None:
+                return None
+            fetched = fetch_path(self.remote, target, have=held.version, have_state=held.state, avoid=self.avoid)
+        except NoPathError:
+            return None
+        if fetched.path.anchor_version is not None:
+            return None
+        try:
+            patches = [Patch.parse(data) for data in fetched.patches]
+            for patch, hop in zip(patches, fetched.path.hops, strict=True):
+                if (patch.parent, patch.result) != (hop.delta.base_state, hop.state):
+                    raise MalformedError(f"the patch to version {hop.version} leads elsewhere than its manifest says")
+            patch_checkpoint(
+                held.checkpoint, patches, self.file,
+                metadata=_metadata(target), threads=self.threads, stages=self.stages,
+            )  # fmt: skip
+        except (RefetchError, RebaseError, MalformedError) as error:
+            self.avoid.update(hop.delta.object.key for hop in fetched.path.hops)
+            self.warn(f"the patches to version {target.version} cannot be used, trying another way: {error}")
+            return None
+        return fetched
+
+    def _whole(self, target: Manifest) -> tuple[str, int, int]:
+        state = fetch_state(
+            self.remote, target, avoid=self.avoid, threads=self.threads, progress=stage_of(self.stages, "apply")
+        )
+        shard = write_shards(
+            state.layouts, state.cells, state.aliases, metadata=_metadata(target), shard_bytes_max=1 << 62
+        )[0]
+        header = bytes(shard.buffers[0])
+        start = padded(header, len(header) - PREFIX_BYTES + _SPARE_BYTES)
+        write_file(self.file, [start, *shard.buffers[1:]], stages=self.stages)
+        return "anchor+delta" if state.hops else "anchor", state.hops, state.bytes_fetched
+
+
+def _metadata(target: Manifest) -> dict[str, str]:
+    return {VERSION_KEY: str(target.version), STATE_KEY: target.state}

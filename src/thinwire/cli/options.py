@@ -1,0 +1,99 @@
+"""Arguments and options that several commands share."""
+
+from __future__ import annotations
+
+import re
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from thinwire.errors import MisuseError
+
+if TYPE_CHECKING:
+    from thinwire.stores.protocol import Store
+
+__all__ = [
+    "Dtype", "Hash", "HashOption", "Json", "Level", "LevelOption", "StoreArgument", "Threads", "Values", "ValuesOption",
+    "examples", "existing_store", "seconds_of",
+]  # fmt: skip
+
+
+class Level(StrEnum):
+    """Levels of compression."""
+
+    fast = "fast"
+    small = "small"
+    smallest = "smallest"
+
+
+class Values(StrEnum):
+    """How new values are written."""
+
+    ulp = "ulp"
+    absolute = "absolute"
+
+
+class Hash(StrEnum):
+    """Hash functions."""
+
+    blake3 = "blake3"
+    sha256 = "sha256"
+
+
+class Dtype(StrEnum):
+    """Data types to publish as."""
+
+    bf16 = "bf16"
+    f16 = "f16"
+    f32 = "f32"
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout, for programs.")]
+Threads = Annotated[int, typer.Option(min=0, help="Threads; 0 is one a core.")]
+LevelOption = Annotated[Level, typer.Option(help="fast, small, or smallest, which takes the longest.")]
+ValuesOption = Annotated[
+    Values, typer.Option(help="ulp: steps from the old values, smaller. absolute: the new values themselves.")
+]
+HashOption = Annotated[Hash, typer.Option("--hash", help="Hash of all digests.")]
+StoreArgument = Annotated[
+    str, typer.Argument(help="A folder, s3://, gs://, az://, or any fsspec URL.", metavar="STORE", show_default=False)
+]
+
+_SECONDS = {"": 1, "s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
+
+
+def seconds_of(text: str | float) -> float:
+    """Seconds of a duration such as ``90``, ``30s``, ``15m``, ``1.5h``, ``2d``.
+
+    Raises:
+        typer.BadParameter: it is none.
+
+    >>> seconds_of("1.5h"), seconds_of("0")
+    (5400.0, 0.0)
+    """
+    if not isinstance(text, str):  # a default
+        return float(text)
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?(s|min|m|h|d|)", text.strip())
+    if found is None:
+        raise typer.BadParameter(f"{text!r} is not a duration; write 90, 30s, 15m, 1.5h or 2d")
+    return float(found[1]) * _SECONDS[found[2]]
+
+
+def examples(*lines: str) -> str:
+    """The end of a help text: examples, one a line."""
+    return "\n\n".join(["[bold]Examples[/]", *(f"  [cyan]{line}[/]" for line in lines)])
+
+
+def existing_store(url: str) -> Store:
+    """The store at ``url`` for reading.
+
+    Raises:
+        MisuseError: it is a folder that is not there, or nothing here knows such a store.
+    """
+    from thinwire.stores import open_store
+
+    if "://" not in url and not Path(url).is_dir():
+        raise MisuseError(f"there is no store {url}: no such folder", store=url)
+    return open_store(url)
