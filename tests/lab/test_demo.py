@@ -34,7 +34,7 @@ pytest.importorskip("plotly")
 
 
 def plan_in(folder: Path, **changes: Any) -> RunPlan:
-    plan = RunPlan(folder, "nano", seed=1, lr=1e-3, steps=10, seconds=60.0, workers=2, max_staleness=4)
+    plan = RunPlan(folder, "nano", "a test", seed=1, lr=1e-3, steps=10, seconds=60.0, workers=2, max_staleness=4)
     return replace(plan, **changes)
 
 

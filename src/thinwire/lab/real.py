@@ -38,7 +38,7 @@ def grpo_versions(model_name: str, steps: int, lr: float, seed: int) -> Iterator
 
 
 def smollm2_grpo_versions(steps: int, lr: float = 1e-6, seed: int = 0) -> Iterator[dict[str, torch.Tensor]]:
-    """:func:`grpo_versions` of SmolLM2-135M on word problems; the model is fetched if the cache does not hold it.
+    """:func:`grpo_versions` of SmolLM2-135M on sums; the model is fetched if the cache does not hold it.
 
     Raises:
         RetryError, RefetchError, MisuseError: as :func:`thinwire.lab.smollm2.fetch_smollm2`.

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from thinwire.errors import MisuseError, RefetchError, RetryError
-from thinwire.lab.tasks import WordProblems
+from thinwire.lab.tasks import Sums
 
 if TYPE_CHECKING:
     from thinwire.lab.recipes import Recipe
@@ -146,17 +146,18 @@ def smollm2_skeleton() -> Any:
 
 
 class ChatTokenizer:
-    """SmolLM2's tokenizer; a prompt becomes the user's turn of a conversation, without a system message."""
+    """SmolLM2's tokenizer; ``{}`` in ``template`` stands for the prompt wherever it occurs."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, template: str) -> None:
         self._tokenizer = tokenizer
+        self._template = template
         self.end: int = int(tokenizer.convert_tokens_to_ids("<|im_end|>"))
         self.pad: int = self.end
 
     def encode(self, text: str) -> list[int]:
-        """Tokens of the conversation up to where the model's answer begins."""
-        turn = f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
-        return [int(token) for token in self._tokenizer(turn, add_special_tokens=False)["input_ids"]]
+        """Tokens of the conversation up to where the model goes on."""
+        turns = self._template.replace("{}", text)
+        return [int(token) for token in self._tokenizer(turns, add_special_tokens=False)["input_ids"]]
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of an answer, up to its end token."""
@@ -166,7 +167,7 @@ class ChatTokenizer:
         return str(self._tokenizer.decode(answer)).strip()
 
 
-def smollm2_tokenizer() -> ChatTokenizer:
+def smollm2_tokenizer(template: str = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n") -> ChatTokenizer:
     """The tokenizer, from the cache.
 
     Raises:
@@ -174,11 +175,11 @@ def smollm2_tokenizer() -> ChatTokenizer:
     """
     from transformers import AutoTokenizer
 
-    return ChatTokenizer(AutoTokenizer.from_pretrained(_fetched(), local_files_only=True))
+    return ChatTokenizer(AutoTokenizer.from_pretrained(_fetched(), local_files_only=True), template)
 
 
 def smollm2_recipe() -> Recipe:
-    """Word problems for SmolLM2-135M-Instruct; no warm start, it can already answer some.
+    """Sums of numbers up to 20 for SmolLM2-135M-Instruct, which gets about three in ten right without any training.
 
     Raises:
         MisuseError: the model has not been fetched.
@@ -187,18 +188,21 @@ def smollm2_recipe() -> Recipe:
 
     return Recipe(
         name="smollm2",
-        task=WordProblems(largest=20),
-        tokenizer=smollm2_tokenizer(),
+        about="SmolLM2-135M-Instruct, sums of numbers up to 20",
+        task=Sums(largest=20),
+        tokenizer=smollm2_tokenizer(
+            "<|im_start|>user\nWhat is {}?<|im_end|>\n<|im_start|>assistant\n{} ="  # it only has to go on
+        ),
         pretrained=lambda _seed: smollm2(),
         skeleton=lambda _seed: smollm2_skeleton(),
-        answer_tokens_max=16,
+        answer_tokens_max=5,
         prompts=2,
         group=8,
         batches=2,
         lr=1e-6,
-        steps_max=60,
+        steps_max=100,
         seconds=900.0,
-        evaluation_problems=96,
+        evaluation_problems=256,
         evaluation_samples=1,
         rows_max=32,
     )

@@ -20,7 +20,7 @@ from typing import Protocol
 
 from thinwire.errors import MisuseError
 
-__all__ = ["CharTokenizer", "Problem", "SortDigits", "Task", "WordProblems", "problem_set"]
+__all__ = ["CharTokenizer", "Problem", "SortDigits", "Sums", "Task", "problem_set"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,53 +77,43 @@ class SortDigits:
         return float(completion == problem.answer)
 
 
-_NAMES = ("Ada", "Ben", "Cleo", "Dan", "Eve", "Finn", "Gina", "Hugo", "Iris", "Jon", "Kim", "Leo", "Mia", "Noah")
-_THINGS = ("apples", "books", "coins", "eggs", "marbles", "pencils", "shells", "stamps", "tickets", "toys")
 _NUMBER = re.compile(r"-?\d+")
 
 
 @dataclass(frozen=True, slots=True)
-class WordProblems:
-    """Arithmetic in words, one or two steps, in the manner of GSM8K (Cobbe et al. 2021, arXiv:2110.14168).
+class Sums:
+    """Add or subtract two numbers from 1 to ``largest``; no answer is negative. For a model that can already count.
 
-    Numbers go up to ``largest``. The last integer in an answer counts as the answer: 1 when it is right, and 0.1
-    when there is one at all, so that a model that answers in prose has something to climb.
+    The first integer in an answer is what counts, so that a model may go on talking after it.
+
+    Raises:
+        MisuseError: ``largest`` is not in 1 to 10**9.
 
     >>> import random
-    >>> task = WordProblems(largest=9)
-    >>> problem = task.problem(random.Random(3))
-    >>> task.reward(problem, f"That makes {problem.answer}."), task.reward(problem, "1000"), task.reward(problem, "")
-    (1.0, 0.1, 0.0)
+    >>> task = Sums(largest=20)
+    >>> problem = task.problem(random.Random(1))
+    >>> problem.prompt, problem.answer
+    ('19 - 5', '14')
+    >>> task.reward(problem, " 14, since 5 + 14 = 19"), task.reward(problem, "19 or 14")
+    (1.0, 0.0)
     """
 
     largest: int = 20
 
+    def __post_init__(self) -> None:
+        if not 1 <= self.largest <= 10**9:
+            raise MisuseError(f"largest is {self.largest}; use 1 to 10**9", largest=self.largest)
+
     def problem(self, source: random.Random) -> Problem:
-        name, other = source.sample(_NAMES, 2)
-        thing = source.choice(_THINGS)
-        a, b, c = (source.randint(2, self.largest) for _ in range(3))
-        story, answer = source.choice(
-            [
-                (f"{name} has {a} {thing} and buys {b} more. How many {thing} does {name} have?", a + b),
-                (f"{name} has {a + b} {thing} and gives {b} to {other}. How many {thing} does {name} have left?", a),
-                (f"{name} fills {a} boxes with {b} {thing} each. How many {thing} are in the boxes?", a * b),
-                (
-                    f"{name} has {a} {thing}, finds {b} and gets {c} from {other}. How many {thing} is that in all?",
-                    a + b + c,
-                ),
-                (
-                    f"{name} has {a + b} {thing}, loses {b} and then buys {c}. How many {thing} does {name} have now?",
-                    a + c,
-                ),
-            ]
-        )
-        return Problem(story + " Answer with a number only.", str(answer))
+        a, b = source.randint(1, self.largest), source.randint(1, self.largest)
+        if source.random() < 0.5:
+            return Problem(f"{a} + {b}", str(a + b))
+        a, b = max(a, b), min(a, b)
+        return Problem(f"{a} - {b}", str(a - b))
 
     def reward(self, problem: Problem, completion: str) -> float:
-        numbers = _NUMBER.findall(completion)
-        if not numbers:
-            return 0.0
-        return 1.0 if int(numbers[-1][:20]) == int(problem.answer) else 0.1
+        found = _NUMBER.search(completion)
+        return float(found is not None and found.group() == problem.answer)
 
 
 class CharTokenizer:

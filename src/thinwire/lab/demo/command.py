@@ -62,6 +62,7 @@ def _plan(options: DemoOptions) -> RunPlan:
     return RunPlan(
         folder=_new_folder(options.out),
         model=options.model,
+        about=recipe.about,
         seed=options.seed,
         lr=options.lr or recipe.lr,
         steps=options.steps or recipe.steps_max,
@@ -89,28 +90,32 @@ def print_summary(summary: DemoSummary, console: Console) -> None:
     console.print()
     for check in summary.checks:
         mark = "[green]ok  [/]" if check.passed else "[bold red]FAIL[/]"
-        console.print(f"{mark} {check.name}: {check.detail}", highlight=False, soft_wrap=True)
-    stages = "; ".join(
-        f"{side} " + ", ".join(f"{stage} {1000 * seconds:.0f} ms" for stage, seconds in times.items())
-        for side, times in summary.seconds.items()
-        if side != "step"
-    )
+        _say(console, f"{mark} {check.name}: {check.detail}")
     ratio = summary.full_checkpoint_bytes / summary.patch_bytes
-    console.print(
-        f"     lr {summary.lr:g}: a step changes {100 * summary.density_median:.2f} % of {summary.weights:,} weights; "
-        f"a patch is {byte_text(summary.patch_bytes)}, a full checkpoint {byte_text(summary.full_checkpoint_bytes)} "
-        f"({ratio:.0f} times as much)",
-        highlight=False,
-        soft_wrap=True,
+    _say(
+        console,
+        f"     lr {summary.lr:g}: a step changes {100 * summary.density_median:.2f} % of {summary.weights:,} weights",
     )
-    console.print(f"     median times: {stages}", highlight=False, soft_wrap=True)
-    console.print(
-        f"     {summary.steps} steps in {summary.learning_s:.0f} s, {summary.run_s:.0f} s in all; "
-        f"rollouts were {summary.staleness_mean:.1f} versions old on average, {summary.dropped} dropped",
-        highlight=False,
-        soft_wrap=True,
+    _say(
+        console,
+        f"     a patch is {byte_text(summary.patch_bytes)}, a full checkpoint "
+        f"{byte_text(summary.full_checkpoint_bytes)}: {ratio:.0f} times as much",
     )
-    console.print(f"     page: {summary.page}", highlight=False, soft_wrap=True)
+    for side, verb in (("publish", "to publish"), ("apply", "to follow")):
+        times = summary.seconds[side]
+        stages = ", ".join(f"{stage} {1000 * seconds:.0f} ms" for stage, seconds in times.items() if stage != "total")
+        _say(console, f"     median time {verb}: {1000 * times['total']:.0f} ms ({stages})")
+    _say(
+        console,
+        f"     {summary.steps} steps in {summary.learning_s:.0f} s, {summary.run_s:.0f} s in all; rollouts were "
+        f"{summary.staleness_mean:.1f} versions old on average, {summary.dropped} dropped",
+    )
+    _say(console, f"     page: {summary.page}")
+
+
+def _say(console: Console, line: str) -> None:
+    """One line, whatever the width: a wrapped path cannot be copied."""
+    console.print(line, highlight=False, soft_wrap=True)
 
 
 def main(argv: Sequence[str]) -> int:

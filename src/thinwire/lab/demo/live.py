@@ -166,7 +166,7 @@ def render(picture: Picture) -> RenderableType:
     status = Text(f"{sum(len(w.ran) for w in picture.workers.values())} digests compared, ", style="dim")
     status.append(f"{len(wrong)} differ", style="bold red" if wrong else "green")
     marks = Text("   ".join(f"{at:.0f} s {action} {target}" for at, target, action in picture.marks[-4:]), style="dim")
-    title = f"thinwire demo: {picture.plan.model}, {picture.weights / 1e6:.1f} M weights, lr {picture.plan.lr:g}"
+    title = f"thinwire demo: {picture.plan.about}, lr {picture.plan.lr:g}"
     return Panel(
         Group(
             _header(picture),

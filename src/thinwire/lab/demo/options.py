@@ -55,6 +55,7 @@ class RunPlan:
 
     folder: Path
     model: str
+    about: str
     seed: int
     lr: float
     steps: int
