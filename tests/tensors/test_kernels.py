@@ -72,6 +72,20 @@ def test_advance_reaches_the_new_cells_and_keeps_the_codes(pair: tuple[str, np.n
     assert (codes == kept).all()
 
 
+@pytest.mark.parametrize("mode", ["ulp", "absolute"])
+@given(cell_pairs(), st.integers(0, 1000))
+def test_taking_is_finding_and_advancing_at_once(
+    mode: str, pair: tuple[str, np.ndarray, np.ndarray], offset: int
+) -> None:
+    name, old, new = pair
+    cells, positions, codes = old.copy(), np.empty(old.size, np.uint32), np.empty(old.size, old.dtype)
+    how = {"is_float": DTYPES[name].is_float, "values": mode}
+    n = kernels.take_changed(cells, new, offset, positions, codes, 0, **how)
+    found = find(name, old, new, mode, offset)
+    assert (positions[:n].tolist(), codes[:n].tolist()) == (found[0].tolist(), found[1].tolist())
+    assert (cells == new).all()
+
+
 def test_one_unit_in_the_last_place_is_a_step_of_one() -> None:
     values = torch.tensor([1.0, -1.0, 0.0, -0.0, 1e-30, torch.inf], dtype=torch.float32)
     up = torch.nextafter(values, torch.full_like(values, torch.inf))

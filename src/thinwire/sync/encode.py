@@ -14,7 +14,7 @@ import numpy.typing as npt
 from thinwire.errors import MisuseError, RefuseError
 from thinwire.sync.layout import Block, CellSource, Layout, Stripe, stripes
 from thinwire.tensors.digest import hash_block
-from thinwire.tensors.kernels import advance, find_changed
+from thinwire.tensors.kernels import advance, find_changed, take_changed
 from thinwire.wire import rans
 from thinwire.wire.context import ContextWriter, Histogram, choose_bounds
 from thinwire.wire.digests import TensorInfo, Tree, tensor_digest
@@ -164,12 +164,14 @@ class _StripeEncoder:
                 writer = ContextWriter(dtype, self.bounds)
             old = self.snapshot.read(block.name, block.start, block.stop)
             new = self.source.read(block.name, block.start, block.stop)
-            first = found
-            found = find_changed(old, new, offset, positions, codes, found, is_float=dtype.is_float, values=values)
-            if writer is not None and classes is not None and gaps is not None:
+            first, is_float = found, dtype.is_float
+            if writer is None or classes is None or gaps is None:
+                found = take_changed(old, new, offset, positions, codes, found, is_float=is_float, values=values)
+            else:  # the classes are those of the old cells
+                found = find_changed(old, new, offset, positions, codes, found, is_float=is_float, values=values)
                 writer.add(old, offset, positions, first, found, classes, gaps)
+                advance(old, offset, positions, codes, first, found, is_float=is_float, values=values)
             if found > first:
-                advance(old, offset, positions, codes, first, found, is_float=dtype.is_float, values=values)
                 self.result.leaves.append((block, hash_block(self.snapshot.tree.hash, old)))
                 self.result.changed[block.name] = self.result.changed.get(block.name, 0) + found - first
             offset += block.stop - block.start

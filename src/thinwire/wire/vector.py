@@ -20,6 +20,7 @@ __all__ = [
     "load_u16",
     "load_u64",
     "ones",
+    "prefetch",
     "store_u16",
     "store_u64",
     "trailing_zeros",
@@ -131,3 +132,25 @@ load_u16 = _load(16, "The two bytes from byte ``at`` of a uint8 array.")
 load_u64 = _load(64, "The eight bytes from byte ``at`` of a uint8 array.")
 store_u16 = _store(16, "Write two bytes at byte ``at`` of a uint8 array.")
 store_u64 = _store(64, "Write eight bytes at byte ``at`` of a uint8 array.")
+
+
+def _prefetch() -> Any:
+    def typed(typingctx: Any, array: Any, index: Any) -> Any:
+        signature = types.void(array, types.int64)
+
+        def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            data = context.make_array(sig.args[0])(context, builder, args[0]).data
+            pointer = builder.bitcast(builder.gep(data, [args[1]]), ir.IntType(8).as_pointer())
+            word, name = ir.IntType(32), "llvm.prefetch.p0"
+            kind = ir.FunctionType(ir.VoidType(), [pointer.type, word, word, word])
+            call = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
+            builder.call(call, [pointer, word(1), word(3), word(1)])  # for writing, into all levels, data
+            return context.get_dummy_value()
+
+        return signature, codegen
+
+    typed.__doc__ = "Ask for the cache line of ``array[index]``, which need not exist, to be written soon."
+    return intrinsic(typed)
+
+
+prefetch = _prefetch()
