@@ -2,7 +2,7 @@
 
 A chunk of up to 65,536 integers is coded by itself. Each integer falls into a bin that keeps its ``mantissa`` leading
 bits below the highest one; the bin goes through a range coder with static frequencies of ``precision`` bits, the
-remaining bits are stored raw. With 3 or 4 mantissa bits the loss against the entropy is under 0.01 bit for the
+remaining bits are stored raw. With 3 or 4 mantissa bits the loss against the entropy is about 0.01 bit for the
 geometric and two-sided geometric data that position gaps and rounding steps are, and both directions run at hundreds
 of millions of integers a second on one core. ``docs/spec/v1.md`` has the format bit by bit;
 :mod:`thinwire.wire.reference` decodes it in plain Python and is the oracle of the tests.
@@ -17,234 +17,28 @@ import numpy.typing as npt
 from numba import njit
 
 from thinwire.errors import MalformedError
-from thinwire.wire.vector import leading_zeros, load_u16, load_u64, store_u16, store_u64
+from thinwire.wire.bins import (
+    BINS_MAX,
+    CHUNK,
+    MANTISSA_MAX,
+    PRECISION_MAX,
+    bin_floor,
+    bin_of,
+    choose_table,
+    get_table,
+    put_table,
+)
+from thinwire.wire.vector import load_u16, load_u64, store_u16, store_u64
 
 __all__ = ["CHUNK", "EFFORT_FAST", "EFFORT_SMALL", "decode", "encode", "encoded_size_max"]
 
-CHUNK = 1 << 16
-MANTISSA_MAX = 6
-PRECISION_MIN, PRECISION_MAX = 5, 12
-BINS_MAX = 1024
 LANES_FROM = 2048  # from this many integers on, a chunk has 8 lanes instead of 1
 LOW = 1 << 15  # states stay in [2^15, 2^31)
 
 EFFORT_FAST = 0
 EFFORT_SMALL = 1
 
-_FAST_MANTISSA = 3
 _TABLE_BYTES_MAX = 4096
-
-
-@njit(nogil=True, cache=True, inline="always")
-def _bin_of(value, mantissa):
-    top = 63 - leading_zeros(value | np.uint64(1))
-    extra = max(top - mantissa, 0)
-    return (extra << mantissa) + np.int64(value >> np.uint64(extra)), extra
-
-
-@njit(nogil=True, cache=True, inline="always")
-def _bin_floor(index, mantissa):
-    """The least integer of a bin, and its number of raw bits."""
-    extra = max((index >> mantissa) - 1, 0)
-    return np.uint64(index - (extra << mantissa)) << np.uint64(extra), extra
-
-
-@njit(nogil=True, cache=True)
-def _golomb_bits(value, k):
-    return 2 * (63 - leading_zeros(np.uint64((value >> k) + 1))) + 1 + k
-
-
-@njit(nogil=True, cache=True)
-def _table_bits(frequencies, bins, k):
-    bits = 32
-    for s in range(bins):
-        bits += _golomb_bits(frequencies[s], k)
-    return bits
-
-
-@njit(nogil=True, cache=True)
-def _normalise(counts, bins, total, precision, frequencies):
-    """Scale ``counts`` to integers >= 1 (0 stays 0) that sum to ``2**precision``; False if they cannot."""
-    scale = 1 << precision
-    used = 0
-    left = scale
-    for s in range(bins):
-        c = counts[s]
-        frequencies[s] = 0
-        if c > 0:
-            used += 1
-            f = (c * scale + (total >> 1)) // total
-            frequencies[s] = max(f, 1)
-            left -= frequencies[s]
-    if used > scale:
-        return False
-    while left != 0:
-        best = 0
-        for s in range(1, bins):
-            if frequencies[s] > frequencies[best]:
-                best = s
-        if left > 0:
-            frequencies[best] += left
-            left = 0
-        else:  # take from the largest, at most a quarter of it at once, so that no single bin pays for all
-            take = min(-left, max(frequencies[best] >> 2, 1))
-            frequencies[best] -= take
-            left += take
-    return True
-
-
-@njit(nogil=True, cache=True)
-def _fold(fine, fine_mantissa, coarse, mantissa):
-    """Histogram at a coarser mantissa; returns (bins, raw bits)."""
-    coarse[:] = 0
-    bins = 0
-    raw = 0
-    for s in range(fine.shape[0]):
-        c = fine[s]
-        if c > 0:
-            low, _ = _bin_floor(s, fine_mantissa)
-            b, extra = _bin_of(low, mantissa)
-            if b >= BINS_MAX:
-                return -1, 0
-            coarse[b] += c
-            raw += c * extra
-            bins = max(bins, b + 1)
-    return bins, raw
-
-
-@njit(nogil=True, cache=True)
-def _entropy_bits(counts, bins, total):
-    bits = 0.0
-    used = 0
-    for s in range(bins):
-        c = counts[s]
-        if c > 0:
-            bits -= c * np.log2(c / total)
-            used += 1
-    return bits, used
-
-
-@njit(nogil=True, cache=True)
-def _coded_bits(counts, frequencies, bins, precision):
-    bits = 0.0
-    for s in range(bins):
-        if counts[s] > 0:
-            bits += counts[s] * (precision - np.log2(frequencies[s]))
-    return bits
-
-
-@njit(nogil=True, cache=True)
-def _choose(fine, total, effort, counts, frequencies):
-    """Pick mantissa, precision and Golomb parameter; fills ``counts`` and ``frequencies``.
-
-    Returns (mantissa, precision, k, bins).
-    """
-    best_mantissa = _FAST_MANTISSA
-    if effort > 0 or total < 4096:
-        best = np.inf
-        for mantissa in range(MANTISSA_MAX + 1):
-            bins, raw = _fold(fine, MANTISSA_MAX, counts, mantissa)
-            if bins < 0:
-                break
-            bits, used = _entropy_bits(counts, bins, total)
-            cost = bits + raw + min(9.0, 3.0 + np.log2(total)) * used + bins
-            if cost < best:
-                best = cost
-                best_mantissa = mantissa
-    bins, _ = _fold(fine, MANTISSA_MAX, counts, best_mantissa)
-    best_precision = PRECISION_MAX
-    if total < 4 * CHUNK and (effort > 0 or total < 4096):
-        best = np.inf
-        for precision in range(PRECISION_MIN, PRECISION_MAX + 1):
-            if _normalise(counts, bins, total, precision, frequencies):
-                table = min(_table_bits(frequencies, bins, 0), _table_bits(frequencies, bins, 2))
-                cost = _coded_bits(counts, frequencies, bins, precision) + table
-                if cost < best:
-                    best = cost
-                    best_precision = precision
-    _normalise(counts, bins, total, best_precision, frequencies)
-    best_k = 0
-    best_table = _table_bits(frequencies, bins, 0)
-    for k in range(1, 8):
-        table = _table_bits(frequencies, bins, k)
-        if table < best_table:
-            best_table = table
-            best_k = k
-    return best_mantissa, best_precision, best_k, bins
-
-
-@njit(nogil=True, cache=True)
-def _put_bits(out, bit, value, count):
-    """OR ``count`` low bits of ``value`` into zeroed bytes ``out`` at bit ``bit``."""
-    while count > 0:
-        room = 8 - (bit & 7)
-        take = min(room, count)
-        out[bit >> 3] |= np.uint8((value & ((1 << take) - 1)) << (bit & 7))
-        value >>= take
-        bit += take
-        count -= take
-    return bit
-
-
-@njit(nogil=True, cache=True)
-def _put_table(out, at, mantissa, precision, k, frequencies, bins):
-    bit = _put_bits(out, at * 8, mantissa, 3)
-    bit = _put_bits(out, bit, precision, 4)
-    bit = _put_bits(out, bit, k, 3)
-    bit = _put_bits(out, bit, bins - 1, 10)
-    for s in range(bins):
-        v = (frequencies[s] >> k) + 1
-        n = 63 - leading_zeros(np.uint64(v))
-        bit = _put_bits(out, bit, 1 << n, n + 1)  # n zeros, then a one
-        bit = _put_bits(out, bit, v - (1 << n), n)
-        bit = _put_bits(out, bit, frequencies[s] & ((1 << k) - 1), k)
-    return (bit + 7) >> 3
-
-
-@njit(nogil=True, cache=True)
-def _get_bits(data, bit, count):
-    value = 0
-    got = 0
-    while got < count:
-        take = min(8 - (bit & 7), count - got)
-        part = (np.int64(data[bit >> 3]) >> (bit & 7)) & ((1 << take) - 1)
-        value |= part << got
-        got += take
-        bit += take
-    return value
-
-
-@njit(nogil=True, cache=True)
-def _get_table(data, at, end, width, frequencies):
-    """Read a table; returns (mantissa, precision, bins, next byte), bins < 0 if it is malformed."""
-    last = end * 8
-    bit = at * 8
-    if bit + 20 > last:
-        return 0, 0, -1, at
-    mantissa = _get_bits(data, bit, 3)
-    precision = _get_bits(data, bit + 3, 4)
-    k = _get_bits(data, bit + 7, 3)
-    bins = _get_bits(data, bit + 10, 10) + 1
-    bit += 20
-    if mantissa > MANTISSA_MAX or precision < PRECISION_MIN or precision > PRECISION_MAX:
-        return 0, 0, -1, at
-    if max(((bins - 1) >> mantissa) - 1, 0) + mantissa >= width:  # the last bin holds wider integers than asked for
-        return 0, 0, -1, at
-    total = 0
-    for s in range(bins):
-        n = 0
-        while bit < last and _get_bits(data, bit, 1) == 0:
-            n += 1
-            bit += 1
-        if n > PRECISION_MAX or bit + 1 + n + k > last:
-            return 0, 0, -1, at
-        v = (1 << n) + _get_bits(data, bit + 1, n)
-        frequencies[s] = ((v - 1) << k) + _get_bits(data, bit + 1 + n, k)
-        bit += 1 + n + k
-        total += frequencies[s]
-    if total != 1 << precision:
-        return 0, 0, -1, at
-    return mantissa, precision, bins, (bit + 7) >> 3
 
 
 @njit(nogil=True, cache=True, inline="always")
@@ -273,10 +67,10 @@ def _encode_chunk(values, effort, out, at, symbols, words, fine, counts, frequen
     n = values.shape[0]
     fine[:] = 0
     for i in range(n):
-        b, _ = _bin_of(np.uint64(values[i]), MANTISSA_MAX)
+        b, _ = bin_of(np.uint64(values[i]), MANTISSA_MAX)
         fine[b] += 1
-    mantissa, precision, k, bins = _choose(fine, n, effort, counts, frequencies)
-    at = _put_table(out, at, mantissa, precision, k, frequencies, bins)
+    mantissa, precision, k, bins = choose_table(fine, n, effort, counts, frequencies)
+    at = put_table(out, at, mantissa, precision, k, frequencies, bins)
 
     start = 0
     for s in range(bins):  # start, frequency and reciprocal of each bin (Alverson; states have 31 bits)
@@ -304,7 +98,7 @@ def _encode_chunk(values, effort, out, at, symbols, words, fine, counts, frequen
     held = 0
     for i in range(n):
         v = np.uint64(values[i])
-        b, extra = _bin_of(v, mantissa)
+        b, extra = bin_of(v, mantissa)
         symbols[i] = b
         if extra > 32:  # in two halves: the accumulator has 64 bits, of which up to 31 are held
             accumulator |= (v & np.uint64(0xFFFFFFFF)) << np.uint64(held)
@@ -380,7 +174,7 @@ def _encode_stream(values, effort, out):
 def _decode_chunk(data, at, end, values, symbols, frequencies, slots):
     """Decode one chunk from byte ``at``; returns the next byte, or -1 if it is malformed."""
     n = values.shape[0]
-    mantissa, precision, bins, at = _get_table(data, at, end, values.itemsize * 8, frequencies)
+    mantissa, precision, bins, at = get_table(data, at, end, values.itemsize * 8, frequencies)
     lanes = 8 if n >= LANES_FROM else 1
     if bins < 0 or at + 3 + 4 * lanes > end:
         return -1
@@ -462,7 +256,7 @@ def _decode_raw(data, at, end, values, symbols, mantissa):
         return -1
     bit = at * 8
     for i in range(n):
-        low, extra = _bin_floor(np.int64(symbols[i]), mantissa)
+        low, extra = bin_floor(np.int64(symbols[i]), mantissa)
         if extra > 32:
             low |= _peek(data, bit) & np.uint64(0xFFFFFFFF)
             part = _peek(data, bit + 32) & ((np.uint64(1) << np.uint64(extra - 32)) - np.uint64(1))
