@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import json
+import tempfile
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["app"]
 
@@ -68,3 +74,46 @@ def codec(
     if as_json:
         for row in rows:
             typer.echo(json.dumps(row, sort_keys=True))
+
+
+@app.command()
+def real(
+    steps: Annotated[int, typer.Option(min=1, help="GRPO steps.")] = 20,
+    lr: Annotated[float, typer.Option(help="Learning rate.")] = 1e-6,
+    seed: Annotated[int, typer.Option(help="Seed of the trainer.")] = 0,
+    simulated: Annotated[bool, typer.Option("--simulated", help="Simulated Adam steps of a small model.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print rows of JSON.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Write the rows to this file.")] = None,
+    figures: Annotated[Path | None, typer.Option(help="Draw PNG and HTML into this folder.")] = None,
+) -> None:
+    """Real versions: SmolLM2-135M under GRPO, published, followed and compared bit for bit."""
+    from thinwire.bench.measure import write_rows
+    from thinwire.bench.real import run_real, summary
+    from thinwire.bench.report import real_figure, real_html, real_table
+
+    console = _console(as_json)
+    if simulated:
+        from thinwire.bench.workloads import adam_versions
+
+        states: Iterator[dict[str, torch.Tensor]] = islice(adam_versions(16 << 20, lr, seed), steps + 1)
+        source = f"simulated Adam, lr {lr:g}"
+    else:
+        from thinwire.lab.real import smollm2_grpo_versions
+
+        states = smollm2_grpo_versions(steps, lr, seed)
+        source = f"SmolLM2-135M, GRPO, lr {lr:g}"
+    with tempfile.TemporaryDirectory() as folder:
+        rows = run_real(states, Path(folder), source=source, report=console.print)
+    total = summary(rows)
+    console.print(real_table(rows, total))
+    if figures is not None:
+        real_figure(rows, figures / "real.png")
+        real_html(rows, figures / "real.html")
+    if out is not None:
+        write_rows(out, rows)
+    if as_json:
+        for row in rows:
+            typer.echo(json.dumps(row, sort_keys=True))
+    if not total["exact"]:
+        console.print("[bold red]A version was not exact.[/bold red]")
+        raise typer.Exit(1)

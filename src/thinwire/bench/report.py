@@ -1,4 +1,4 @@
-"""Rows of the codec benchmark as a table and as a figure."""
+"""Rows of the benchmarks as tables and as figures."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
-__all__ = ["codec_figure", "codec_html", "codec_table", "stage_line"]
+__all__ = ["codec_figure", "codec_html", "codec_table", "real_figure", "real_html", "real_table", "stage_line"]
 
 Row = dict[str, Any]
 _OURS, _THEIRS = "#0b6e4f", "#8a8f98"
@@ -144,5 +144,86 @@ def codec_html(rows: Sequence[Row], path: Path) -> None:
         figure.update_yaxes(type="log", row=1, col=column)
     figure.update_yaxes(title="bytes per changed element", row=1, col=1)
     figure.update_layout(title=_title(shown[0]), template="plotly_white")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.write_html(path, include_plotlyjs=True)
+
+
+# --- a real trainer's versions --------------------------------------------------------------------------------------
+
+
+def real_table(rows: Sequence[Row], total: Row) -> Table:
+    """One line a codec: bytes per changed element over all steps, bytes a step, share of a full checkpoint."""
+    low, high = (100 * share for share in total["density"])
+    table = Table(
+        title=f"{rows[0]['source']}: {len(rows)} steps, {low:.2f} to {high:.2f} % changed", title_justify="left"
+    )
+    for heading in ("codec", "least", "mean", "most", "bytes a step", "% of a full checkpoint"):
+        table.add_column(heading, justify="left" if heading == "codec" else "right")
+    for name, (least, mean, most) in total["bytes_per_changed"].items():
+        found = [_codec_of(row, name)["bytes"] for row in rows]
+        share = 100 * sum(found) / sum(row["state_bytes"] for row in rows)
+        cells = (f"{least:.3f}", f"{mean:.3f}", f"{most:.3f}", f"{sum(found) / len(found):,.0f}", f"{share:.3f}")
+        table.add_row(name, *cells, style="bold" if name.startswith("thinwire") else "")
+    for kind in ("plain", "exponent"):
+        bits = [row["entropy"][kind] for row in rows]
+        label = "entropy" if kind == "plain" else "entropy, exponents known"
+        table.add_row(
+            label, f"{min(bits):.3f}", f"{sum(bits) / len(bits):.3f}", f"{max(bits):.3f}", "", "", style="dim"
+        )
+    table.caption = f"Bytes per changed element. Every version exact: {total['exact']}."
+    return table
+
+
+def _codec_of(row: Row, name: str) -> Row:
+    found: Row = row["thinwire"][name.removeprefix("thinwire ")] if name.startswith("thinwire ") else row["peers"][name]
+    return found
+
+
+def _real_lines(rows: Sequence[Row]) -> dict[str, list[float | None]]:
+    names = [f"thinwire {level}" for level in rows[0]["thinwire"]] + list(rows[0]["peers"])
+    return {name: [_codec_of(row, name)["bytes_per_changed"] for row in rows] for name in names}
+
+
+def real_figure(rows: Sequence[Row], path: Path) -> None:
+    """Bytes per changed element over the steps, and the share that changed, as a PNG.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 6.4), layout="constrained")
+    axis, below = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
+    at = [row["step"] for row in rows]
+    for name, sizes in _real_lines(rows).items():
+        ours = name.startswith("thinwire")
+        axis.plot(at, sizes, "o-", markersize=4, linewidth=2.2 if ours else 1, color=_OURS if ours else _THEIRS)
+        axis.annotate(name, (at[-1], sizes[-1] or 0), (6, -3), textcoords="offset points", fontsize=8)
+    axis.set(ylabel="bytes per changed element", ylim=(0, None), title=rows[0]["source"])
+    below.plot(at, [100 * row["density"] for row in rows], "o-", markersize=4, color=_OURS)
+    below.set(xlabel="step", ylabel="% changed", ylim=(0, None))
+    for each in (axis, below):
+        each.grid(True, alpha=0.2)
+        each.margins(x=0.16)
+        each.set_xlim(at[0] - 0.5, at[-1] + 0.22 * len(at) + 1)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+
+
+def real_html(rows: Sequence[Row], path: Path) -> None:
+    """The same lines as one HTML file that needs nothing else.
+
+    Raises:
+        ImportError: Plotly is not installed.
+    """
+    import plotly.graph_objects as go
+
+    figure = go.Figure()
+    for name, sizes in _real_lines(rows).items():
+        ours = name.startswith("thinwire")
+        line = {"width": 3 if ours else 1.5}
+        figure.add_trace(go.Scatter(x=[row["step"] for row in rows], y=sizes, name=name, line=line))
+    figure.update_layout(title=rows[0]["source"], template="plotly_white", xaxis_title="step")
+    figure.update_yaxes(title="bytes per changed element", rangemode="tozero")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.write_html(path, include_plotlyjs=True)
