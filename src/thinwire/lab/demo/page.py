@@ -58,6 +58,7 @@ def write_page(picture: Picture, summary: DemoSummary, path: Path) -> Path:
               charts.density_chart(picture)),
         _card("Time for each stage", f"An optimiser step took {1000 * summary.seconds['step']['total']:.0f} ms.",
               charts.stages_chart(summary)),
+        _workers_card(summary),
         _table_card(picture),
     ]  # fmt: skip
     body = f"""<!DOCTYPE html>
@@ -120,6 +121,23 @@ def _card(title: str, note: str, figure: Any, *, wide: bool = False) -> str:
     return (
         f'<section class="card{" wide" if wide else ""}"><h2>{html.escape(title)}</h2>'
         f'<p class="dim">{html.escape(note)}</p>{drawn}</section>'
+    )
+
+
+def _workers_card(summary: DemoSummary) -> str:
+    rows = "".join(
+        f'<tr><td>{html.escape(worker.name)}</td><td class="n">{worker.lives}</td><td class="n">{worker.versions}</td>'
+        f'<td class="n">{worker.last_version}</td><td class="n">{byte_text(worker.bytes_fetched)}</td>'
+        f'<td class="n">{byte_text(worker.versions * summary.full_checkpoint_bytes)}</td>'
+        f'<td class="n">{worker.answers:,}</td></tr>'
+        for worker in summary.workers
+    )
+    heads = ("lives", "versions run", "last version", "fetched", "as full checkpoints", "answers sampled")
+    return (
+        '<section class="card wide"><h2>Workers</h2><p class="dim">A worker that starts, again or late, fetches the '
+        "newest anchor and the patches after it.</p><table><thead><tr><th>worker</th>"
+        + "".join(f'<th class="n">{head}</th>' for head in heads)
+        + f"</tr></thead><tbody>{rows}</tbody></table></section>"
     )
 
 

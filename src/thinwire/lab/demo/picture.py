@@ -123,8 +123,9 @@ class Picture:
         what = event["what"]
         if what == "built":
             self.weights = event["weights"]
-            self.phase = "warm start"
+            self.phase = "preparing"
         elif what == "warm":
+            self.phase = "warm start"
             self.warm.append((event["step"], event["r"]))
         elif what == "evaluated":
             self.evaluations[event["moment"]] = event
