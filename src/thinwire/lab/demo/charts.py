@@ -14,7 +14,7 @@ __all__ = ["bytes_chart", "density_chart", "reward_chart", "stages_chart", "time
 BLUE, ORANGE, GREEN, PINK, SKY, RED, GREY = (
     "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#8a8f98"
 )  # fmt: skip
-_STAGE_COLOURS = (BLUE, SKY, GREEN, ORANGE, PINK, RED, GREY)
+_STAGE_COLOURS = (BLUE, SKY, GREEN, ORANGE, PINK, RED, GREY, "#f0e442")
 _MARKS = {"kill": ("x", RED, "killed"), "restart": ("triangle-up", GREEN, "back"), "join": ("star", PINK, "joins late")}
 
 

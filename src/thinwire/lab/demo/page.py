@@ -80,9 +80,9 @@ def write_page(picture: Picture, summary: DemoSummary, path: Path) -> Path:
 
 def _subtitle(picture: Picture, summary: DemoSummary) -> str:
     return (
-        f"{picture.plan.about}: a trainer fine-tuned its bf16 weights (AdamW on fp32 masters) with GRPO and "
-        f"published every step; {len(picture.workers)} workers followed the store, sampled with the weights they held "
-        f"and reported their digests. Seed {summary.seed}, {summary.steps} steps in {summary.learning_s:.0f} s, "
+        f"{picture.plan.about[:1].upper()}{picture.plan.about[1:]}. A trainer fine-tuned it with GRPO (bf16 weights, "
+        f"AdamW on fp32 masters) and published every step; {len(picture.workers)} workers followed the store, sampled "
+        f"with the weights they held and reported their digests. Seed {summary.seed}, {summary.steps} steps in {summary.learning_s:.0f} s, "
         f"{summary.run_s:.0f} s in all. Rollouts were {summary.staleness_mean:.1f} versions old on average."
     )
 
