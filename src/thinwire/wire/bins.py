@@ -20,6 +20,7 @@ __all__ = [
     "bin_floor",
     "bin_of",
     "choose_table",
+    "fill",
     "get_table",
     "put_table",
 ]
@@ -32,18 +33,25 @@ BINS_MAX = 1024
 _FAST_MANTISSA = 3
 
 
-@njit(nogil=True, cache=True, inline="always")
+@njit(nogil=True, cache=True)
 def bin_of(value, mantissa):
     top = 63 - leading_zeros(value | np.uint64(1))
     extra = max(top - mantissa, 0)
     return (extra << mantissa) + np.int64(value >> np.uint64(extra)), extra
 
 
-@njit(nogil=True, cache=True, inline="always")
+@njit(nogil=True, cache=True)
 def bin_floor(index, mantissa):
     """The least integer of a bin, and its number of raw bits."""
     extra = max((index >> mantissa) - 1, 0)
     return np.uint64(index - (extra << mantissa)) << np.uint64(extra), extra
+
+
+@njit(nogil=True, cache=True)
+def fill(array):
+    """Zeros. A loop, since Numba compiles the checks of a slice assignment for seconds."""
+    for i in range(array.shape[0]):
+        array[i] = 0
 
 
 @njit(nogil=True, cache=True)
@@ -93,7 +101,7 @@ def _normalise(counts, bins, total, precision, frequencies):
 @njit(nogil=True, cache=True)
 def _fold(fine, fine_mantissa, coarse, mantissa):
     """Histogram at a coarser mantissa; returns (bins, raw bits)."""
-    coarse[:] = 0
+    fill(coarse)
     bins = 0
     raw = 0
     for s in range(fine.shape[0]):

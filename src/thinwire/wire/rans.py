@@ -25,6 +25,7 @@ from thinwire.wire.bins import (
     bin_floor,
     bin_of,
     choose_table,
+    fill,
     get_table,
     put_table,
 )
@@ -41,7 +42,7 @@ EFFORT_SMALL = 1
 _TABLE_BYTES_MAX = 4096
 
 
-@njit(nogil=True, cache=True, inline="always")
+@njit(nogil=True, cache=True)
 def _put(x, packed, s, words, w):
     """Push symbol ``s`` on state ``x``; a word that leaves it is written below byte ``w``."""
     store_u16(words, w - 2, np.uint64(x))
@@ -51,7 +52,7 @@ def _put(x, packed, s, words, w):
     return x + packed[s, 0] + q * packed[s, 4], w - (full << 1)
 
 
-@njit(nogil=True, cache=True, inline="always")
+@njit(nogil=True, cache=True)
 def _take(x, precision, slots, data, at):
     """Pop a symbol from state ``x``, which takes a word in from byte ``at`` if it has become small."""
     entry = np.int64(slots[x & ((1 << precision) - 1)])
@@ -65,7 +66,7 @@ def _take(x, precision, slots, data, at):
 def _encode_chunk(values, effort, out, at, symbols, words, fine, counts, frequencies, packed):
     """Append one chunk of ``values`` to ``out`` at byte ``at``; returns the next byte."""
     n = values.shape[0]
-    fine[:] = 0
+    fill(fine)
     for i in range(n):
         b, _ = bin_of(np.uint64(values[i]), MANTISSA_MAX)
         fine[b] += 1
@@ -118,7 +119,9 @@ def _encode_chunk(values, effort, out, at, symbols, words, fine, counts, frequen
         raw_at += 1
 
     lanes = 8 if n >= LANES_FROM else 1
-    states = np.full(8, LOW, np.int64)
+    states = np.empty(8, np.int64)
+    for lane in range(8):
+        states[lane] = LOW
     w = 2 * n  # words are written backwards
     tail = n if lanes == 1 else n & 7
     for j in range(tail):
@@ -146,12 +149,14 @@ def _encode_chunk(values, effort, out, at, symbols, words, fine, counts, frequen
         for j in range(4):
             out[at + j] = np.uint8((states[lane] >> (8 * j)) & 255)
         at += 4
-    out[at : at + 2 * count] = words[w : 2 * n]
+    for j in range(2 * count):
+        out[at + j] = words[w + j]
     at += 2 * count
     length = raw_at - raw_start
     for j in range(length):  # forward, since the two may overlap
         out[at + j] = out[raw_start + j]
-    out[at + length : raw_at + 8] = 0
+    for j in range(at + length, raw_at + 8):
+        out[j] = 0
     return at + length
 
 
@@ -171,10 +176,10 @@ def _encode_stream(values, effort, out):
 
 
 @njit(nogil=True, cache=True)
-def _decode_chunk(data, at, end, values, symbols, frequencies, slots):
+def _decode_chunk(data, at, end, width, values, symbols, frequencies, slots):
     """Decode one chunk from byte ``at``; returns the next byte, or -1 if it is malformed."""
     n = values.shape[0]
-    mantissa, precision, bins, at = get_table(data, at, end, values.itemsize * 8, frequencies)
+    mantissa, precision, bins, at = get_table(data, at, end, width, frequencies)
     lanes = 8 if n >= LANES_FROM else 1
     if bins < 0 or at + 3 + 4 * lanes > end:
         return -1
@@ -233,7 +238,7 @@ def _decode_chunk(data, at, end, values, symbols, frequencies, slots):
     return _decode_raw(data, at, end, values, symbols, mantissa)
 
 
-@njit(nogil=True, cache=True, inline="always")
+@njit(nogil=True, cache=True)
 def _peek(data, bit):
     """At least 32 bits from bit ``bit`` on; zeros behind the end of ``data``."""
     at = bit >> 3
@@ -270,14 +275,14 @@ def _decode_raw(data, at, end, values, symbols, mantissa):
 
 
 @njit(nogil=True, cache=True)
-def _decode_stream(data, values):
+def _decode_stream(data, width, values):
     symbols = np.empty(CHUNK, np.uint16)
     frequencies = np.empty(BINS_MAX, np.int64)
     slots = np.zeros(1 << PRECISION_MAX, np.uint64)
     at = 0
     for start in range(0, values.shape[0], CHUNK):
         chunk = values[start : start + CHUNK]
-        at = _decode_chunk(data, at, data.shape[0], chunk, symbols, frequencies, slots)
+        at = _decode_chunk(data, at, data.shape[0], width, chunk, symbols, frequencies, slots)
         if at < 0:
             return -1
     return at
@@ -296,9 +301,10 @@ def encode(values: npt.NDArray[np.unsignedinteger], effort: int = EFFORT_SMALL) 
     >>> decode(encode(gaps), 4, np.uint32).tolist()
     [3, 0, 7, 100000]
     """
-    room = min(values.size, CHUNK) * (4 + values.itemsize) + 64
-    out = np.zeros(encoded_size_max(values.size, values.itemsize) + room, np.uint8)
-    used = _encode_stream(values, effort, out)
+    wide = values if values.itemsize >= 4 else values.astype(np.uint32)  # two kinds of input to compile for, not four
+    room = min(wide.size, CHUNK) * (4 + wide.itemsize) + 64
+    out = np.zeros(encoded_size_max(wide.size, wide.itemsize) + room, np.uint8)
+    used = _encode_stream(wide, effort, out)
     return out[:used].tobytes()
 
 
@@ -310,11 +316,12 @@ def decode(
     Raises:
         MalformedError: the bytes are not exactly one encoding of ``count`` integers that fit ``dtype``.
     """
-    values = np.empty(count, dtype)
-    source = data if isinstance(data, np.ndarray) else np.frombuffer(data, np.uint8)
-    used = _decode_stream(source, values)
+    kind = np.dtype(dtype)
+    values = np.empty(count, kind if kind.itemsize >= 4 else np.uint32)
+    source = np.frombuffer(data, np.uint8)
+    used = _decode_stream(source, 8 * kind.itemsize, values)
     if used != source.size:
         raise MalformedError(
             f"entropy-coded stream is damaged: {source.size} bytes for {count} integers", bytes=source.size, count=count
         )
-    return values
+    return values if values.dtype == kind else values.astype(kind)
