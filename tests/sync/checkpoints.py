@@ -48,6 +48,13 @@ def nudged(old: State, seed: int = 1, share: float = 0.02) -> State:
     return new
 
 
+def lively(tensors: State, seed: int) -> State:
+    """With a tensor so large, and moved as small learning rates do (small weights only), that context coding pays."""
+    weights = torch.randn(400_000, generator=torch.Generator().manual_seed(99)) * 0.02
+    moved = weights.bfloat16().float() + 3e-6 * torch.randn(400_000, generator=torch.Generator().manual_seed(seed))
+    return {**tensors, "lively": moved.bfloat16()}
+
+
 def save(path: Path, tensors: State, metadata: dict[str, str] | None = None) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(tensors, path, metadata or {"format": "pt"})

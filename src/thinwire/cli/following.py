@@ -74,7 +74,7 @@ def pull(
     output = Output(ctx, as_json=as_json)
     with _mirror(output, store, out, threads, forward=version is None, wait=False) as mirror:
         if version is None:
-            target = mirror.remote.newest()
+            target = mirror.newest()
             if target is None:
                 raise StoreUnavailableError(f"{store} holds no versions yet; is the publisher running?", store=store)
         else:
@@ -149,30 +149,33 @@ def _updates(mirror: Mirror, output: Output, deadline: _Deadline, poll_s: float,
 
     Raises:
         StoreUnavailableError: no version has ever appeared before the deadline.
+        NoPathError, RetryError: what stood in the way of a newer version, at the deadline or with ``once``.
     """
     from thinwire.sync.retrying import jittered
 
     held: Manifest | None = None
-    failures = 0
+    failures, failure = 0, None
     while True:
         try:
-            found = mirror.remote.newest() if held is None else mirror.remote.after(held.version)
+            found = mirror.newest() if held is None else mirror.remote.after(held.version)
             if found is not None:
                 yield mirror.bring_to(found)
                 held = found
-            failures = 0
+            failures, failure = 0, None
         except (NoPathError, RetryError) as error:
             if once:
                 raise
             output.warn(f"{error}; trying again")
             mirror.avoid.clear()  # what is damaged now may be mended
-            failures, found = failures + 1, None
+            failures, failure, found = failures + 1, error, None
         if found is not None and not once:
             continue
         if once and held is not None:
             return
         if not deadline.pause(jittered(min(poll_s * 2**failures, max(poll_s, _PAUSE_MAX_S)))):
             break
+    if failure is not None:
+        raise failure
     if held is None:
         raise StoreUnavailableError(f"no version has appeared within {deadline.limit_s:g} s; is the publisher running?")
 

@@ -14,7 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from thinwire.chain.plan import plan
-from thinwire.errors import MalformedError, MisuseError, NoPathError, RebaseError, RefetchError, RefuseError
+from thinwire.errors import (
+    MalformedError,
+    MisuseError,
+    NoPathError,
+    RebaseError,
+    RefetchError,
+    RefuseError,
+    UntrustedError,
+)
 from thinwire.sync.anchor import write_shards
 from thinwire.sync.checkpoint import Checkpoint, open_checkpoint, tree_of_checkpoint
 from thinwire.sync.files import Stages, stage_of, write_file
@@ -113,6 +121,24 @@ class Mirror:
                 path=str(self.file),
             ) from error
 
+    def newest(self) -> Manifest | None:
+        """The store's newest version, or None if it has none.
+
+        Raises:
+            UntrustedError: the folder has seen a newer one.
+        """
+        found = self.remote.newest()
+        if found is None and self.remote.chain.floor:
+            older = Remote(self.remote.store, retry_s=self.remote.retry_s).newest()
+            if older is not None:
+                raise UntrustedError(
+                    f"the store's newest version is {older.version}, but {self.folder} holds version "
+                    f"{self.remote.chain.floor}: a rollback. If that is meant, name the version, or use another folder",
+                    offered=older.version,
+                    seen=self.remote.chain.floor,
+                )
+        return found
+
     def bring_to(self, target: Manifest) -> Update:
         """Make the file that of ``target``.
 
@@ -173,7 +199,8 @@ class Mirror:
                 metadata=_metadata(target), threads=self.threads, stages=self.stages,
             )  # fmt: skip
         except (RefetchError, RebaseError, MalformedError) as error:
-            self.avoid.update(hop.delta.object.key for hop in fetched.path.hops)
+            if not isinstance(error, RebaseError):  # else it is the file that is at fault
+                self.avoid.update(hop.delta.object.key for hop in fetched.path.hops)
             self.warn(f"the patches to version {target.version} cannot be used, trying another way: {error}")
             return None
         return fetched
