@@ -39,6 +39,7 @@ from thinwire.wire.spec import HASHES, MANIFEST_BYTES_MAX
 __all__ = ["PublishReport", "Publisher"]
 
 Model = torch.nn.Module | Mapping[str, torch.Tensor]
+_UPLOADS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +90,7 @@ class Publisher:
         anchor_every: and at the latest after so many versions.
         single_publisher: publish to a store that does not enforce create-only writes. Two publishers could then both
             believe that they wrote a version: only one may ever run.
-        shard_bytes_max: size of an anchor's files.
+        shard_bytes_max: size of an anchor's files, which go up and come down several at once.
         threads: threads for diff, encoding and hashing; 0 means one a core.
         retry_s: how long one request is retried while the store fails.
 
@@ -125,7 +126,7 @@ class Publisher:
         anchor_ratio: float = 1.0,
         anchor_every: int | None = None,
         single_publisher: bool = False,
-        shard_bytes_max: int = 1 << 30,
+        shard_bytes_max: int = 1 << 28,
         threads: int = 0,
         retry_s: float = 60.0,
     ) -> None:
@@ -371,10 +372,7 @@ class Publisher:
         pending = self._pending
         assert pending is not None
         start = time.perf_counter()
-        while pending.uploads:
-            ref, buffers = pending.uploads[0]
-            retrying(lambda ref=ref, buffers=buffers: self.store.put(ref.key, buffers), limit_s=self.retry_s)  # type: ignore[misc]
-            pending.uploads.pop(0)
+        self._upload(pending)
         uploaded = time.perf_counter()
         self._create_manifest(pending.manifest)
         committed = time.perf_counter()
@@ -391,6 +389,19 @@ class Publisher:
             "total": time.perf_counter() - pending.began,
         }
         return replace(pending.report, seconds=seconds)
+
+    def _upload(self, pending: _Pending) -> None:
+        """Put the objects, several at once; those that are up are taken off the list even if others fail."""
+
+        def put(item: tuple[ObjectRef, list[bytes | memoryview]]) -> None:
+            ref, buffers = item
+            retrying(lambda: self.store.put(ref.key, buffers), limit_s=self.retry_s)
+
+        with ThreadPoolExecutor(min(_UPLOADS, max(len(pending.uploads), 1))) as pool:
+            futures = [(item, pool.submit(put, item)) for item in pending.uploads]
+        pending.uploads = [item for item, future in futures if future.exception() is not None]
+        for _, future in futures:
+            future.result()
 
     def _create_manifest(self, manifest: Manifest) -> None:
         """Create-only write of the manifest; a lost reply is settled by reading it back."""
