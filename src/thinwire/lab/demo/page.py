@@ -82,8 +82,9 @@ def _subtitle(picture: Picture, summary: DemoSummary) -> str:
     return (
         f"{picture.plan.about[:1].upper()}{picture.plan.about[1:]}. A trainer fine-tuned it with GRPO (bf16 weights, "
         f"AdamW on fp32 masters) and published every step; {len(picture.workers)} workers followed the store, sampled "
-        f"with the weights they held and reported their digests. Seed {summary.seed}, {summary.steps} steps in {summary.learning_s:.0f} s, "
-        f"{summary.run_s:.0f} s in all. Rollouts were {summary.staleness_mean:.1f} versions old on average."
+        f"with the weights they held and reported their digests. Seed {summary.seed}, {summary.steps} steps in "
+        f"{summary.learning_s:.0f} s, {summary.run_s:.0f} s in all. Rollouts were {summary.staleness_mean:.1f} "
+        "versions old on average."
     )
 
 
