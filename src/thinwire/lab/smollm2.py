@@ -181,6 +181,9 @@ def smollm2_tokenizer(template: str = "<|im_start|>user\n{}<|im_end|>\n<|im_star
 def smollm2_recipe() -> Recipe:
     """Sums of numbers up to 20 for SmolLM2-135M-Instruct, which gets about three in ten right without any training.
 
+    In 80 steps at lr 3e-6 the demo took the reward from 0.35 to 0.59 and changed 0.53 % of the bf16 weights in a step
+    (median). At 1e-6 (0.32 to 0.39 %) nothing moved in 40 steps, at 1e-5 (1.2 %) it went from 0.31 to 0.46 in 20.
+
     Raises:
         MisuseError: the model has not been fetched.
     """
@@ -199,9 +202,9 @@ def smollm2_recipe() -> Recipe:
         prompts=2,
         group=8,
         batches=2,
-        lr=1e-6,
-        steps_max=100,
-        seconds=900.0,
+        lr=3e-6,
+        steps_max=80,
+        seconds=1200.0,
         evaluation_problems=256,
         evaluation_samples=1,
         rows_max=32,
