@@ -176,10 +176,18 @@ def test_a_version_that_cannot_be_had_is_waited_out(states: list[State]) -> None
     assert "trying again" in result.err
     assert result.json["error"]["kind"] == "NoPathError"
     assert holds(states[1])
-    assert thinwire("follow", "s", "-o", "d", "--once", code=4).out == ""
-    assert "trying again" not in thinwire("follow", "s", "-o", "d", "--once", code=4).err
-    Path(f"{delta.name}.away").rename(delta)
-    assert thinwire("follow", "s", "-o", "d", "--once", "--json").json["path"] == "delta"
+    once = thinwire("follow", "s", "-o", "d", "--once", code=4)
+    assert (once.out, "trying again" in once.err) == ("", False)
+    args = command("follow", "s", "-o", "d", "--poll", "0.1s", "--timeout", "60s", "--json")
+    with subprocess.Popen(
+        args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert "trying again" in process.stderr.readline()
+        Path(f"{delta.name}.away").rename(delta)  # mended
+        assert json.loads(process.stdout.readline())["path"] == "delta"
+        process.kill()
     assert holds(states[2])
 
 

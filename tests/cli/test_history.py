@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from tests.sync.checkpoints import lively, load, same, save, save_sharded, state
 from thinwire import Consumer
 from thinwire.sync.checkpoint import open_checkpoint, tree_of_checkpoint
 from thinwire.tensors.bits import tensor_of
-from thinwire.wire.manifest import manifest_key
+from thinwire.wire.manifest import Manifest, Parent, manifest_key
 
 
 @pytest.fixture(scope="module")
@@ -171,30 +172,50 @@ def test_manifests_that_contradict_each_other(store: Path, published: tuple[Path
     assert ("UntrustedError", manifest_key(2)) in verify(store, code=3)
 
 
-def test_an_object_that_is_as_published_and_yet_leads_elsewhere_is_found_by_replaying(store: Path) -> None:
-    """Somebody with write access replaces a delta and makes the manifests fit, up to the newest."""
-    from thinwire.sync.remote import hash_bytes
-    from thinwire.wire.manifest import DeltaRef, Manifest, ObjectRef, Parent
-
-    manifests = {v: Manifest.parse((store / manifest_key(v)).read_bytes()) for v in range(1, 8)}
-    foreign = object_of(store, 6, "delta*").read_bytes()  # from 5 to 6
-    target = object_of(store, 5, "delta*")
-    target.write_bytes(foreign)
+def forge(store: Path, version: int, **changes: object) -> None:
+    """Replace fields of a manifest, as somebody with write access can, and make all later ones fit."""
     before = None
-    for version in range(1, 8):
-        manifest = manifests[version]
-        changes = {}
-        if version == 5:
-            ref = ObjectRef(str(target.relative_to(store)), len(foreign), hash_bytes("blake3", [foreign]))
-            changes["deltas"] = (DeltaRef(4, manifest.deltas[0].base_state, ref),)
+    for path in sorted((store / "manifests").iterdir()):
+        manifest = Manifest.parse(path.read_bytes())
+        if manifest.version == version:
+            manifest = replace(manifest, **changes)
         if before is not None:
-            changes["parent"] = Parent(version - 1, before)
-        made = Manifest(**{f: changes.get(f, getattr(manifest, f)) for f in Manifest.__dataclass_fields__})
-        before = made.digest
-        (store / manifest_key(version)).write_bytes(made.encode())
+            manifest = replace(manifest, parent=Parent(manifest.version - 1, before))
+        before = manifest.digest
+        path.write_bytes(manifest.encode())
+
+
+def manifest_of(store: Path, version: int) -> Manifest:
+    return Manifest.parse((store / manifest_key(version)).read_bytes())
+
+
+def test_forged_links_are_found(store: Path) -> None:
+    third, whole = manifest_of(store, 3), shutil.copytree(store, "whole")
+    delta = third.deltas[0]
+    for kind, where, text, changes in (
+        ("UntrustedError", manifest_key(3), "starts from state", {"deltas": (replace(delta, base_state="0" * 64),)}),
+        ("UntrustedError", manifest_key(3), "has an anchor, which has none", {"anchor_version": 2}),
+        ("UntrustedError", third.tree.key, "is the tree of state", {"state": "0" * 64}),
+    ):
+        forge(store, 3, **changes)
+        found = thinwire("verify", store, "--json", code=3).json["problems"]
+        assert (kind, where) in [(p["kind"], p["where"]) for p in found]
+        assert any(text in p["message"] for p in found)
+        shutil.rmtree(store)
+        shutil.copytree(whole, store)
+    (store / manifest_key(3)).write_bytes(replace(third, step=99).encode())  # later ones were built on another
+    assert verify(store, code=3) == [("UntrustedError", manifest_key(4))]
+
+
+def test_objects_that_are_as_published_and_yet_lead_elsewhere_are_found_by_replaying(store: Path) -> None:
+    anchor, delta = manifest_of(store, 1).anchor, manifest_of(store, 6).deltas[0].object  # from 5 to 6
+    forge(store, 5, deltas=(replace(manifest_of(store, 5).deltas[0], object=delta),))
+    forge(store, 7, anchor=anchor)
     assert verify(store, code=0) == []  # all links and digests fit
-    found = verify(store, "--deep", code=5)
-    assert ("DamagedObjectError", manifest_key(5)) in found
+    deep = thinwire("verify", store, "--deep", "--json", code=5).json["problems"]
+    messages = {p["where"]: p["message"] for p in deep if p["kind"] == "DamagedObjectError"}
+    assert "delta leads to state" in messages[manifest_key(5)]
+    assert "anchor holds state" in messages[manifest_key(7)]
 
 
 def test_verify_a_patch(tmp_path: Path) -> None:

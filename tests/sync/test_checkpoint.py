@@ -24,10 +24,10 @@ from thinwire.errors import (
 )
 from thinwire.sync import files as files_module
 from thinwire.sync import rewrite as rewrite_module
-from thinwire.sync.checkpoint import diff_checkpoints, open_checkpoint, tensors_of, tree_of_checkpoint
+from thinwire.sync.checkpoint import Checkpoint, diff_checkpoints, open_checkpoint, tensors_of, tree_of_checkpoint
 from thinwire.sync.encode import Options, take_snapshot
 from thinwire.sync.files import copy_bytes, map_private, staged_folder, write_file
-from thinwire.sync.layout import StateSource
+from thinwire.sync.layout import MemorySource, StateSource
 from thinwire.sync.rewrite import patch_checkpoint
 from thinwire.tensors.tree import state_of
 from thinwire.wire.patch import Patch
@@ -129,7 +129,19 @@ def test_the_base_is_neither_changed_on_disk_nor_in_the_map(tmp_path: Path) -> N
     assert same(load(tmp_path / "out"), load(new))
 
 
-def test_tensors_that_are_not_aligned_in_their_file(tmp_path: Path) -> None:
+def test_a_diff_writes_to_no_map_of_the_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A page that is written becomes memory of this process: with all of them, that of a whole model."""
+    old, new = save(tmp_path / "old", state()), save(tmp_path / "new", nudged(state()))
+    maps, real = [], Checkpoint.map
+    monkeypatch.setattr(Checkpoint, "map", lambda self: maps.append(real(self)) or maps[-1])
+    diff(old, new)
+    monkeypatch.undo()
+    for source, path in zip(maps, (old, new), strict=True):
+        fresh = open_checkpoint(path).map()
+        assert all((source.cells[name] == cells).all() for name, cells in fresh.cells.items())
+
+
+def test_tensors_that_are_not_aligned_in_their_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def unaligned(path: Path, tensors: State) -> Path:
         text, body = {}, b""
         for name, tensor in tensors.items():  # the bool in front shifts everything behind it
@@ -145,7 +157,14 @@ def test_tensors_that_are_not_aligned_in_their_file(tmp_path: Path) -> None:
     new = {"a": torch.tensor([False]), "b": tensors["b"] * 2}
     old_path, new_path = unaligned(tmp_path / "old", tensors), unaligned(tmp_path / "new", new)
     assert all(c.flags.aligned for c in open_checkpoint(old_path).map().cells.values())
-    apply(old_path, diff(old_path, new_path), tmp_path / "out")
+    patch, real = diff(old_path, new_path), rewrite_module._apply
+
+    def apply_to_aligned(patches: list[Patch], source: MemorySource, *rest: object) -> object:
+        assert all(cells.flags.aligned for cells in source.cells.values())
+        return real(patches, source, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(rewrite_module, "_apply", apply_to_aligned)
+    apply(old_path, patch, tmp_path / "out")
     assert same(load(tmp_path / "out"), new)
 
 
