@@ -77,6 +77,37 @@ def codec(
 
 
 @app.command()
+def follow(
+    versions: Annotated[int, typer.Option(min=10, help="Versions to publish.")] = 300,
+    consumers: Annotated[int, typer.Option(min=1, help="Processes that follow.")] = 3,
+    kills: Annotated[int, typer.Option(min=0, help="How often one of them is killed, at random.")] = 20,
+    model: Annotated[str, typer.Option(help="Bytes of the model.")] = "4MiB",
+    seed: Annotated[int, typer.Option(help="Seed of the weights, the kills and the joins.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the row as JSON.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Write the row to this file.")] = None,
+) -> None:
+    """Consumers that are killed and join late; ends with 1 if any digest is wrong."""
+    from thinwire.bench.follow import FollowOptions, run_follow
+    from thinwire.bench.measure import parse_size, write_rows
+    from thinwire.bench.report import follow_table
+
+    console = _console(as_json)
+    options = FollowOptions(versions, consumers, kills, parse_size(model), seed=seed)
+    with tempfile.TemporaryDirectory() as folder, console.status("following") as status:
+        row = run_follow(Path(folder), options, report=status.update)
+    console.print(follow_table(row))
+    if out is not None:
+        write_rows(out, [row])
+    if as_json:
+        typer.echo(json.dumps(row, sort_keys=True))
+    for kind in ("mismatches", "stalled", "crashes"):
+        for line in row[kind]:
+            console.print(f"[bold red]{kind}[/bold red]: {line}")
+    if row["mismatches"] or row["stalled"] or row["crashes"]:
+        raise typer.Exit(1)
+
+
+@app.command()
 def real(
     steps: Annotated[int, typer.Option(min=1, help="GRPO steps.")] = 20,
     lr: Annotated[float, typer.Option(help="Learning rate.")] = 1e-6,

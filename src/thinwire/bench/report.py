@@ -8,7 +8,16 @@ from typing import Any
 
 from rich.table import Table
 
-__all__ = ["codec_figure", "codec_html", "codec_table", "real_figure", "real_html", "real_table", "stage_line"]
+__all__ = [
+    "codec_figure",
+    "codec_html",
+    "codec_table",
+    "follow_table",
+    "real_figure",
+    "real_html",
+    "real_table",
+    "stage_line",
+]
 
 Row = dict[str, Any]
 _OURS, _THEIRS = "#0b6e4f", "#8a8f98"
@@ -146,6 +155,30 @@ def codec_html(rows: Sequence[Row], path: Path) -> None:
     figure.update_layout(title=_title(shown[0]), template="plotly_white")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.write_html(path, include_plotlyjs=True)
+
+
+def follow_table(row: Row) -> Table:
+    """What happened, one fact a line."""
+    table = Table(show_header=False)
+    table.add_column("fact")
+    table.add_column("figure", justify="right")
+    facts = {
+        "versions published": row["versions"],
+        "consumers": row["consumers"],
+        "kills (SIGKILL)": row["kills"],
+        "joins": row["joins"],
+        "digests reported from memory": row["reports"],
+        "digest mismatches": len(row["mismatches"]),
+        "consumers that did not reach the end": len(row["stalled"]),
+        "crashes": len(row["crashes"]),
+        "bytes published": f"{row['published_bytes']:,}",
+        "as full checkpoints": f"{row['full_bytes']:,}",
+        "share": f"{100 * row['share_of_full_checkpoints']:.2f} %",
+        "seconds": row["seconds"],
+    }
+    for fact, figure in facts.items():
+        table.add_row(fact, str(figure))
+    return table
 
 
 # --- a real trainer's versions --------------------------------------------------------------------------------------
