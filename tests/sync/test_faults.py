@@ -287,7 +287,7 @@ def test_a_rollback_is_refused_after_a_restart() -> None:
     published(store, 3)
     store.delete(manifest_key(3))
     store.put(HINT_KEY, [b'{"version":2}'])
-    with pytest.raises(ThinwireError):
+    with pytest.raises(UntrustedError, match="rollback"):
         thinwire.Consumer(store, floor=3, poll_s=0.01).load(small_model(1), timeout_s=0.05)
 
 

@@ -1,6 +1,6 @@
 """Write the test vectors of the format as this release writes it. Files of a released version are never rewritten.
 
-    python -m tests.vectors.make VERSION
+python -m tests.vectors.make VERSION
 """
 
 from __future__ import annotations
@@ -43,10 +43,18 @@ def cases() -> dict[str, tuple[State, State]]:
         "edges": ({"e": edges}, {"e": edges.flip(0)}),
         "kinds": (
             {"a": torch.arange(40), "gone": torch.zeros(2), "old": weights(3, 64), "s": torch.tensor(True)},
-            {"a": torch.arange(40) * -1, "new": torch.ones(2, 3).half(), "named": weights(3, 64), "s": torch.tensor(False)},
+            {
+                "a": torch.arange(40) * -1,
+                "new": torch.ones(2, 3).half(),
+                "named": weights(3, 64),
+                "s": torch.tensor(False),
+            },
         ),
         "dense": ({"w": weights(4, 3000)}, {"w": weights(5, 3000)}),
-        "nothing": ({"w": weights(6, 10), "empty": torch.zeros(0, 4)}, {"w": weights(6, 10), "empty": torch.zeros(0, 4)}),
+        "nothing": (
+            {"w": weights(6, 10), "empty": torch.zeros(0, 4)},
+            {"w": weights(6, 10), "empty": torch.zeros(0, 4)},
+        ),
     }
 
 

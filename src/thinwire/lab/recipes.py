@@ -83,7 +83,7 @@ def tiny_recipe() -> Recipe:
         group=8,
         batches=2,
         lr=1e-6,
-        steps_max=180,
+        steps_max=150,
         seconds=300.0,
         evaluation_problems=512,
         evaluation_samples=4,

@@ -55,14 +55,10 @@ class Fetched:
     """A path with its objects' bytes, each checked against size and digest."""
 
     path: Path
-    anchor: tuple[bytes, ...]
-    patches: tuple[bytes, ...]
+    anchor: list[bytes]
+    patches: list[bytes]
+    size: int
     seconds: float
-
-    @property
-    def size(self) -> int:
-        """Bytes fetched."""
-        return sum(map(len, self.anchor)) + sum(map(len, self.patches))
 
 
 def _look_back(remote: Remote, target: Manifest, have: int | None) -> None:
@@ -120,9 +116,9 @@ def fetch_path(
         if errors:
             bad = errors[0]
             continue
-        data = tuple(item for item in got if isinstance(item, bytes))
+        data = [item for item in got if isinstance(item, bytes)]
         cut = len(path.anchor)
-        return Fetched(path, data[:cut], data[cut:], time.perf_counter() - began)
+        return Fetched(path, data[:cut], data[cut:], sum(map(len, data)), time.perf_counter() - began)
 
 
 def fetch_state(
@@ -152,9 +148,11 @@ def fetch_state(
 def _build(fetched: Fetched, target: Manifest, threads: int, progress: Progress | None) -> HostState:
     began = time.perf_counter()
     layouts, views, aliases = read_shards(fetched.anchor)
-    cells = {name: view.copy() for name, view in views.items()}
+    fetched.anchor.clear()
+    cells = {}
+    for name in list(views):  # a shard's memory is free again when its last tensor has been copied
+        cells[name] = views.pop(name).copy()
     seconds = {"fetch": fetched.seconds, "decode": 0.0, "apply": 0.0, "verify": 0.0}
-    del views
     if not fetched.patches:
         start = time.perf_counter()
         digest = tree_of(layouts, cells, aliases, hash_name=target.hash, threads=threads, progress=progress).digest

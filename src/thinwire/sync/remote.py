@@ -8,7 +8,14 @@ from contextlib import suppress
 from typing import Protocol
 
 from thinwire.chain.trusted import TrustedChain
-from thinwire.errors import DamagedObjectError, MalformedError, ObjectNotFoundError, RefetchError, RefuseError
+from thinwire.errors import (
+    DamagedObjectError,
+    MalformedError,
+    ObjectNotFoundError,
+    RefetchError,
+    RefuseError,
+    UntrustedError,
+)
 from thinwire.stores.protocol import Get, List
 from thinwire.sync.retrying import retrying
 from thinwire.wire import canonical
@@ -113,6 +120,12 @@ class Remote:
             found = self._at_or_after(max(versions, default=0))
         if found is None and self.chain.floor:
             found = self._at_or_after(self.chain.floor)
+            if found is None:
+                raise UntrustedError(
+                    f"the store no longer shows version {self.chain.floor}, which has been seen: a rollback, or "
+                    "another store under the same name. Start anew, without this floor, only if that is meant",
+                    seen=self.chain.floor,
+                )
         if found is not None:
             self.chain.accept_newest(found.encode(), version=found.version)
         return found

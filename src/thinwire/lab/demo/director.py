@@ -65,6 +65,7 @@ class Director:
         reader = JournalReader(self._plan.journals)
         picture = Picture(self._plan, begin=time.time())
         try:
+            self._start("kernels")
             self._start("trainer")
             for name in self._early:
                 self._act(journal, "start", name)
@@ -122,12 +123,14 @@ class Director:
 
     def _start(self, name: str) -> None:
         self._lives[name] = self._lives.get(name, 0) + 1
-        module, arguments = "trainer", [str(self._plan.folder)]
-        if name != "trainer":
-            module, arguments = "worker", [*arguments, name, str(self._lives[name])]
+        command = ["thinwire.lab.demo.worker", str(self._plan.folder), name, str(self._lives[name])]
+        if name == "trainer":
+            command = ["thinwire.lab.demo.trainer", str(self._plan.folder)]
+        elif name == "kernels":  # compiled once while the trainer warms up, not by every process for itself
+            command = ["thinwire.sync.warm"]
         with self._log(name).open("wb") as log:
             self._processes[name] = subprocess.Popen(
-                [sys.executable, "-m", f"thinwire.lab.demo.{module}", *arguments],
+                [sys.executable, "-m", *command],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -143,7 +146,7 @@ class Director:
         """Every process that should run does."""
         for name, process in self._processes.items():
             code = process.poll()
-            if code is None or (name == "trainer" and code == 0):
+            if code is None or (name in ("trainer", "kernels") and code == 0):
                 continue
             tail = "\n".join(self._log(name).read_text(errors="replace").splitlines()[-20:])
             raise DemoError(f"{name} ended with exit code {code}; the end of {self._log(name)}:\n{tail}", exit=code)

@@ -58,7 +58,7 @@ def _evaluate(recipe: Recipe, model: Any, journal: Journal, moment: str) -> None
 
 def _learn(plan: RunPlan, recipe: Recipe, model: Any, journal: Journal) -> None:
     """Publish the weights, then one version for each optimiser step until steps or time are used up."""
-    publisher = thinwire.Publisher(str(plan.store), dtype=torch.bfloat16)
+    publisher = thinwire.Publisher(str(plan.store), dtype=torch.bfloat16, level="smallest")
     optimiser = MasterAdamW(model, lr=plan.lr)
     arrivals = _arrivals(SpoolReader(plan.spool))
     report = publisher.publish(model, step=0)
