@@ -1,6 +1,6 @@
 """Two checkpoints on disk, the patch between them, and the second one again from the first and the patch.
 
-    python examples/diff_checkpoints.py
+python examples/diff_checkpoints.py
 """
 
 from __future__ import annotations

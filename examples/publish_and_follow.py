@@ -1,6 +1,6 @@
 """A trainer publishes every step; a worker follows in another thread, bit for bit.
 
-    python examples/publish_and_follow.py
+python examples/publish_and_follow.py
 """
 
 from __future__ import annotations

@@ -26,7 +26,8 @@ def test_imports_go_down_only() -> None:
 
 def test_the_public_surface_is_what_it_was() -> None:
     assert thinwire.__all__ == [
-        "ApplyResult", "Consumer", "PublishReport", "Publisher", "ThinwireError", "Version", "__version__", "open_store",
+        "ApplyResult", "Consumer", "PublishReport", "Publisher", "ThinwireError", "Version", "__version__",
+        "open_store",
     ]  # fmt: skip
     for name in thinwire.__all__:
         assert getattr(thinwire, name) is not None
@@ -43,19 +44,20 @@ def test_importing_is_inert() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
-OPTIONAL = {"fsspec", "plotly", "transformers", "pcodec", "gguf", "matplotlib"}
+OPTIONAL = {
+    "fsspec": {"stores"},
+    "gguf": {"lab"},
+    "matplotlib": {"bench"},
+    "pcodec": {"bench"},
+    "plotly": {"bench", "lab"},
+    "transformers": {"lab"},
+}
 
 
-def test_each_optional_dependency_is_imported_in_one_place() -> None:
-    """In one file of each layer that uses it, and nowhere at import time of another."""
-    found: dict[str, set[str]] = {}
-    for path in SOURCE.rglob("*.py"):
-        for match in re.finditer(r"^\s*(?:import|from) (\w+)", path.read_text(), re.MULTILINE):
-            if match[1] in OPTIONAL:
-                found.setdefault(match[1], set()).add(str(path.relative_to(SOURCE)))
-    for name, files in found.items():
-        layers = [f.split("/")[0] for f in files]
-        assert len(layers) == len(set(layers)), f"{name}: {sorted(files)}"
+@pytest.mark.parametrize("name", OPTIONAL)
+def test_an_optional_dependency_stays_in_its_layer(name: str) -> None:
+    files = [p for p in SOURCE.rglob("*.py") if re.search(rf"^\s*(import|from) {name}\b", p.read_text(), re.MULTILINE)]
+    assert {path.relative_to(SOURCE).parts[0] for path in files} <= OPTIONAL[name]
 
 
 def modules() -> list[str]:
