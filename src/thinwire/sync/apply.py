@@ -223,7 +223,8 @@ def _check_counts(patch: Patch, works: Sequence[_Work]) -> None:
     for work in works:
         for piece in work.pieces:
             if isinstance(work.changes, Changes):
-                ends = np.searchsorted(work.changes.positions, [piece.offset, piece.offset + piece.stop - piece.start])
+                bounds = np.array([piece.offset, piece.offset + piece.stop - piece.start], np.uint32)  # or all are cast
+                ends = np.searchsorted(work.changes.positions, bounds)
                 counts[piece.name] = counts.get(piece.name, 0) + int(ends[1] - ends[0])
             elif work.changes is not None:
                 raw.add(piece.name)

@@ -34,7 +34,7 @@ LEVELS = {
     "small": ("gaps", rans.EFFORT_SMALL),
     "smallest": ("context", rans.EFFORT_SMALL),
 }
-_SAMPLE = 16  # one cell in so many is looked at to choose the classes
+_SAMPLE = 64  # one cell in so many is looked at to choose the classes
 
 
 @dataclass(frozen=True, slots=True)
