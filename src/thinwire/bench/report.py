@@ -20,7 +20,8 @@ __all__ = [
 ]
 
 Row = dict[str, Any]
-_OURS, _THEIRS = "#0b6e4f", "#8a8f98"
+_OURS, _THEIRS, _BOUND = "#0b6e4f", "#6b7280", "#c0392b"
+_OFF_SCALE = 20.0  # bytes per changed element
 _STAGES = (("encode", "old and new state to patch"), ("apply", "patch to new state"))
 
 
@@ -79,45 +80,71 @@ def stage_line(rows: Sequence[Row]) -> str:
     return "One thread, s/GiB of state: " + ", ".join(parts)
 
 
+def _label(axis: Any, points: Sequence[tuple[float, float, str, str]]) -> None:
+    """Write each label beside its point (x, y, text, colour), at the nearest place where it covers nothing."""
+    canvas = axis.figure.canvas
+    canvas.draw()
+    taken = [(px - 5, py - 5, px + 5, py + 5) for px, py in (axis.transData.transform((x, y)) for x, y, _, _ in points)]
+    room = axis.get_window_extent()
+    for x, y, text, color in points:
+        places = [(8, 0, "left"), (-8, 0, "right")]
+        places += [
+            (side * 8, step, "left" if side > 0 else "right")
+            for step in (9, -9, 18, -18, 27, -27, 36, -36)
+            for side in (1, -1)
+        ]
+        for dx, dy, align in places:
+            note = axis.annotate(
+                text, (x, y), (dx, dy), textcoords="offset points", fontsize=8, color=color, ha=align, va="center",
+                arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.5} if abs(dy) > 9 else None,
+            )  # fmt: skip
+            box = note.get_window_extent(canvas.get_renderer())
+            found = (box.x0, box.y0, box.x1, box.y1)
+            inside = room.x0 < found[0] and found[2] < room.x1
+            free = all(found[2] < t[0] or t[2] < found[0] or found[3] < t[1] or t[3] < found[1] for t in taken)
+            if (inside and free) or (dx, dy, align) == places[-1]:
+                taken.append(found)
+                break
+            note.remove()
+
+
 def codec_figure(rows: Sequence[Row], path: Path) -> None:
-    """Size against speed, one panel a direction, as a PNG.
+    """Size against speed, one panel a direction, as a PNG; what sends whole tensors is off the scale and left out.
 
     Raises:
         ImportError: matplotlib is not installed.
     """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 5.4), layout="constrained")
+    figure = Figure(figsize=(13, 6), layout="constrained")
+    FigureCanvasAgg(figure)
     axes = figure.subplots(1, 2, sharey=True)
     shown = _codecs(rows)
     entropy = shown[0]["entropy"]
     for axis, (stage, label) in zip(axes, _STAGES, strict=True):
-        for row in shown:
-            ours = row["computes_digest"]
-            x, y = row[stage]["best_gib_s_with_digest"], row["bytes_per_changed"]
-            axis.plot(x, y, "o", markersize=8, color=_OURS if ours else _THEIRS)
-            axis.annotate(
-                row["codec"], (x, y), (6, 4), textcoords="offset points", fontsize=8, color=_OURS if ours else "#30343b"
-            )
-        axis.axhline(entropy["plain"], color="#c0392b", linewidth=1, linestyle="--")
-        axis.annotate(
-            "entropy",
-            (0.01, entropy["plain"]),
-            (2, -11),
-            xycoords=("axes fraction", "data"),
-            textcoords="offset points",
-            fontsize=8,
-            color="#c0392b",
-        )
-        if entropy["exponent"] < 0.97 * entropy["plain"]:
-            axis.axhline(entropy["exponent"], color="#c0392b", linewidth=1, linestyle=":")
-        axis.set(xscale="log", yscale="log", xlabel="GiB of state a second, digest included", title=label)
-        axis.grid(True, which="both", alpha=0.2)
-        axis.margins(x=0.18, y=0.1)
+        points = []
+        for row in (row for row in shown if row["bytes_per_changed"] < _OFF_SCALE):
+            color = _OURS if row["computes_digest"] else _THEIRS
+            points.append((row[stage]["best_gib_s_with_digest"], row["bytes_per_changed"], row["codec"], color))
+            axis.plot(*points[-1][:2], "o", markersize=8, color=color)
+        for kind, style in (("plain", "--"), ("exponent", ":")):
+            axis.axhline(entropy[kind], color=_BOUND, linewidth=1, linestyle=style)
+        axis.set(xscale="log", xlabel="GiB of state a second, digest included", title=label, ylim=(0, 6.6))
+        ticks = [t for t in (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20) if _near(t, [p[0] for p in points])]
+        axis.set_xticks(ticks, [f"{t:g}" for t in ticks])
+        axis.minorticks_off()
+        axis.grid(True, alpha=0.25)
+        axis.margins(x=0.3)
+        _label(axis, sorted(points, key=lambda p: p[1]))
     axes[0].set_ylabel("bytes per changed element")
-    figure.suptitle(_title(shown[0]))
+    figure.suptitle(f"{_title(shown[0])} (dashed: entropy; dotted: with the exponents known)")
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=110)
+
+
+def _near(tick: float, values: Sequence[float]) -> bool:
+    return min(values) / 2.5 <= tick <= max(values) * 2.5
 
 
 def codec_html(rows: Sequence[Row], path: Path) -> None:
@@ -129,7 +156,7 @@ def codec_html(rows: Sequence[Row], path: Path) -> None:
     import plotly.graph_objects as go
     from plotly.subplots import make_subplots
 
-    shown = _codecs(rows)
+    shown = [row for row in _codecs(rows) if row["bytes_per_changed"] < _OFF_SCALE]
     figure = make_subplots(rows=1, cols=2, shared_yaxes=True, subplot_titles=[label for _, label in _STAGES])
     for column, (stage, _) in enumerate(_STAGES, start=1):
         for ours in (True, False):
@@ -150,8 +177,7 @@ def codec_html(rows: Sequence[Row], path: Path) -> None:
             )
         figure.add_hline(shown[0]["entropy"]["plain"], line_dash="dash", line_color="#c0392b", row=1, col=column)
         figure.update_xaxes(type="log", title="GiB of state a second, digest included", row=1, col=column)
-        figure.update_yaxes(type="log", row=1, col=column)
-    figure.update_yaxes(title="bytes per changed element", row=1, col=1)
+    figure.update_yaxes(title="bytes per changed element", rangemode="tozero", row=1, col=1)
     figure.update_layout(title=_title(shown[0]), template="plotly_white")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.write_html(path, include_plotlyjs=True)
@@ -228,17 +254,22 @@ def real_figure(rows: Sequence[Row], path: Path) -> None:
     figure = Figure(figsize=(10, 6.4), layout="constrained")
     axis, below = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
     at = [row["step"] for row in rows]
+    ends: list[tuple[float, str, str]] = []
     for name, sizes in _real_lines(rows).items():
-        ours = name.startswith("thinwire")
-        axis.plot(at, sizes, "o-", markersize=4, linewidth=2.2 if ours else 1, color=_OURS if ours else _THEIRS)
-        axis.annotate(name, (at[-1], sizes[-1] or 0), (6, -3), textcoords="offset points", fontsize=8)
-    axis.set(ylabel="bytes per changed element", ylim=(0, None), title=rows[0]["source"])
+        color = _OURS if name.startswith("thinwire") else _THEIRS
+        axis.plot(at, sizes, "o-", markersize=4, linewidth=2.2 if color == _OURS else 1, color=color)
+        ends.append((sizes[-1] or 0.0, name, color))
+    height = 0.0
+    for size, name, color in sorted(ends):  # at least a line of text apart
+        height = max(size, height + 0.2)
+        axis.text(at[-1] + 0.4, height, f"{name}  {size:.2f}", fontsize=8, color=color, va="center")
+    axis.set(ylabel="bytes per changed element", ylim=(0, 6.4), title=rows[0]["source"])
     below.plot(at, [100 * row["density"] for row in rows], "o-", markersize=4, color=_OURS)
-    below.set(xlabel="step", ylabel="% changed", ylim=(0, None))
+    below.set(xlabel="step", ylabel="% changed", ylim=(0, 125 * max(row["density"] for row in rows)))
+    below.set_xticks(at if len(at) <= 24 else at[::5])
     for each in (axis, below):
         each.grid(True, alpha=0.2)
-        each.margins(x=0.16)
-        each.set_xlim(at[0] - 0.5, at[-1] + 0.22 * len(at) + 1)
+        each.set_xlim(at[0] - 0.5, at[-1] + 0.25 * len(at) + 1)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
 
