@@ -228,7 +228,7 @@ def _finish(row: dict[str, Any], base: dict[str, float]) -> None:
     for stage in ("encode", "apply"):
         best = row[stage]["best_s"]
         with_digest = best if row["computes_digest"] else best + base["digest_s"]
-        row[stage]["best_gib_s_with_digest"] = round(row["state_bytes"] / GIB / with_digest, 4)
+        row[stage]["best_gib_s_with_digest"] = round(row["state_bytes"] / GIB / with_digest, 6)
         row[stage]["copies"] = round(best / base["copy_s"], 2)
 
 

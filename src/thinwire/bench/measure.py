@@ -76,8 +76,8 @@ class Timing:
         return {
             "best_s": round(self.best, 6),
             "median_s": round(self.median, 6),
-            "best_gib_s": round(state_bytes / GIB / self.best, 4),
-            "median_gib_s": round(state_bytes / GIB / self.median, 4),
+            "best_gib_s": round(state_bytes / GIB / self.best, 6),
+            "median_gib_s": round(state_bytes / GIB / self.median, 6),
             "cpu_s_per_gib": round(min(self.cpu) * GIB / state_bytes, 4),
             "runs": len(self.runs),
         }

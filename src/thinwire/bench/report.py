@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,7 @@ def _label(axis: Any, points: Sequence[tuple[float, float, str, str]]) -> None:
         for dx, dy, align in places:
             note = axis.annotate(
                 text, (x, y), (dx, dy), textcoords="offset points", fontsize=8, color=color, ha=align, va="center",
+                bbox={"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 0.5},
                 arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.5} if abs(dy) > 9 else None,
             )  # fmt: skip
             box = note.get_window_extent(canvas.get_renderer())
@@ -154,31 +156,35 @@ def codec_html(rows: Sequence[Row], path: Path) -> None:
         ImportError: Plotly is not installed.
     """
     import plotly.graph_objects as go
+    from plotly.colors import qualitative
     from plotly.subplots import make_subplots
 
     shown = [row for row in _codecs(rows) if row["bytes_per_changed"] < _OFF_SCALE]
     figure = make_subplots(rows=1, cols=2, shared_yaxes=True, subplot_titles=[label for _, label in _STAGES])
+    colors = dict(zip([row["codec"] for row in shown], cycle(qualitative.Dark24), strict=False))
     for column, (stage, _) in enumerate(_STAGES, start=1):
-        for ours in (True, False):
-            some = [row for row in shown if row["computes_digest"] is ours]
+        for row in shown:
+            ours, speed = row["computes_digest"], row[stage]["best_gib_s_with_digest"]
+            symbol = "diamond" if ours else "circle"
             figure.add_trace(
                 go.Scatter(
-                    x=[row[stage]["best_gib_s_with_digest"] for row in some],
-                    y=[row["bytes_per_changed"] for row in some],
-                    text=[row["codec"] for row in some],
-                    mode="markers+text",
-                    textposition="top center",
-                    marker={"size": 10, "color": _OURS if ours else _THEIRS},
-                    name="thinwire" if ours else "others",
+                    x=[speed],
+                    y=[row["bytes_per_changed"]],
+                    mode="markers",
+                    marker={"size": 15 if ours else 11, "color": colors[row["codec"]], "symbol": symbol},
+                    name=row["codec"],
+                    legendgroup=row["codec"],
                     showlegend=column == 1,
+                    hovertemplate="%{fullData.name}<br>%{y:.3f} B<br>%{x:.2f} GiB/s<extra></extra>",
                 ),
                 row=1,
                 col=column,
             )
-        figure.add_hline(shown[0]["entropy"]["plain"], line_dash="dash", line_color="#c0392b", row=1, col=column)
-        figure.update_xaxes(type="log", title="GiB of state a second, digest included", row=1, col=column)
+        for kind, dash in (("plain", "dash"), ("exponent", "dot")):
+            figure.add_hline(shown[0]["entropy"][kind], line_dash=dash, line_color=_BOUND, row=1, col=column)
+        figure.update_xaxes(type="log", title="GiB of state a second, digest included", dtick="D2", row=1, col=column)
     figure.update_yaxes(title="bytes per changed element", rangemode="tozero", row=1, col=1)
-    figure.update_layout(title=_title(shown[0]), template="plotly_white")
+    figure.update_layout(title=f"{_title(shown[0])} (lines: entropy)", template="plotly_white")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.write_html(path, include_plotlyjs=True)
 

@@ -114,7 +114,7 @@ def _ninth_step(size: int, lr: float, seed: list[int]) -> tuple[Cells, Cells]:
 def _tuned(density: float, seed: int) -> float:
     """The learning rate at which the ninth step changes a share of ``density``, by bisection on a million weights."""
     low, high = 1e-9, 1e-1
-    for _ in range(24):
+    for _ in range(14):
         middle = (low * high) ** 0.5
         old, new = _ninth_step(_CHUNK, middle, [seed, 1 << 32])
         if count_changed(old, new) < density * _CHUNK:
