@@ -40,7 +40,7 @@ test: $(VENV)/.dev ## the default tests
 	$(PYTHON) -m pytest -n $(WORKERS)
 
 test-slow: $(VENV)/.dev ## the tests that take minutes
-	$(PYTHON) -m pytest -m slow --timeout 1800
+	$(PYTHON) -m pytest -m 'slow and not data' --timeout 1800
 
 test-data: $(VENV)/.dev $(VENV)/.smollm2 ## the tests that need a downloaded model
 	$(PYTHON) -m pytest -m data --timeout 1800

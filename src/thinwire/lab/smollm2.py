@@ -138,11 +138,13 @@ def smollm2_skeleton() -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig.from_pretrained(_fetched(), local_files_only=True)
-    model: Any = LlamaForCausalLM(config)
+    # made in bf16, not cast to it: a cast would round the rotary frequencies too, which from_pretrained does not
+    family: Any = LlamaForCausalLM
+    model = family._from_config(config, dtype=torch.bfloat16)
     with torch.no_grad():
         for weight in model.parameters():
             weight.zero_()
-    return model.to(torch.bfloat16).eval()
+    return model.eval()
 
 
 class ChatTokenizer:
