@@ -32,7 +32,7 @@ def _differing(old, new, start, count):
 
 
 @njit(nogil=True, cache=True)
-def _find_steps(old, new, offset, flip, spare, positions, codes, found):
+def _find(old, new, offset, flip, spare, absolute, positions, codes, found):
     n = old.shape[0]
     for start in range(0, n, LANES):
         lanes = _differing(old, new, start, min(LANES, n - start))
@@ -40,27 +40,13 @@ def _find_steps(old, new, offset, flip, spare, positions, codes, found):
             i = start + trailing_zeros(lanes)
             lanes &= lanes - np.uint64(1)
             positions[found] = offset + i
-            codes[found] = step_of(old[i], new[i], flip, spare)
+            codes[found] = np.int64(new[i]) if absolute else step_of(old[i], new[i], flip, spare)
             found += 1
     return found
 
 
 @njit(nogil=True, cache=True)
-def _find_absolute(old, new, offset, positions, codes, found):
-    n = old.shape[0]
-    for start in range(0, n, LANES):
-        lanes = _differing(old, new, start, min(LANES, n - start))
-        while lanes != np.uint64(0):
-            i = start + trailing_zeros(lanes)
-            lanes &= lanes - np.uint64(1)
-            positions[found] = offset + i
-            codes[found] = new[i]
-            found += 1
-    return found
-
-
-@njit(nogil=True, cache=True)
-def _take_steps(old, new, offset, flip, spare, positions, codes, found):
+def _take(old, new, offset, flip, spare, absolute, positions, codes, found):  # _find's old may be read-only
     n = old.shape[0]
     for start in range(0, n, LANES):
         lanes = _differing(old, new, start, min(LANES, n - start))
@@ -69,23 +55,7 @@ def _take_steps(old, new, offset, flip, spare, positions, codes, found):
             lanes &= lanes - np.uint64(1)
             after = new[i]  # read once: should it change meanwhile, the code and the cell still agree
             positions[found] = offset + i
-            codes[found] = step_of(old[i], after, flip, spare)
-            old[i] = after
-            found += 1
-    return found
-
-
-@njit(nogil=True, cache=True)
-def _take_absolute(old, new, offset, positions, codes, found):
-    n = old.shape[0]
-    for start in range(0, n, LANES):
-        lanes = _differing(old, new, start, min(LANES, n - start))
-        while lanes != np.uint64(0):
-            i = start + trailing_zeros(lanes)
-            lanes &= lanes - np.uint64(1)
-            after = new[i]
-            positions[found] = offset + i
-            codes[found] = after
+            codes[found] = np.int64(after) if absolute else step_of(old[i], after, flip, spare)
             old[i] = after
             found += 1
     return found
@@ -150,20 +120,16 @@ def find_changed(
     A change at index ``i`` is written as position ``offset + i``. The two output arrays must have room for
     ``old.size`` more. Returns the new count.
     """
-    if values == "absolute":
-        return int(_find_absolute(old, new, offset, positions, codes, found))
     flip, spare = flip_mask(is_float, old.itemsize), 64 - 8 * old.itemsize
-    return int(_find_steps(old, new, offset, flip, spare, positions, codes, found))
+    return int(_find(old, new, offset, flip, spare, values == "absolute", positions, codes, found))
 
 
 def take_changed(
     old: Cells, new: Cells, offset: int, positions: Positions, codes: Cells, found: int, *, is_float: bool, values: str
 ) -> int:
     """:func:`find_changed` and :func:`advance` in one pass: ``old`` becomes ``new`` while it is in cache."""
-    if values == "absolute":
-        return int(_take_absolute(old, new, offset, positions, codes, found))
     flip, spare = flip_mask(is_float, old.itemsize), 64 - 8 * old.itemsize
-    return int(_take_steps(old, new, offset, flip, spare, positions, codes, found))
+    return int(_take(old, new, offset, flip, spare, values == "absolute", positions, codes, found))
 
 
 def count_changed(old: Cells, new: Cells) -> int:
