@@ -66,6 +66,12 @@ def test_stages_are_reported(rows: list[dict]) -> None:
     assert {"hash", "diff", "encode gaps", "decode gaps", "swap"} <= set(stages[0]["seconds_per_gib"])
 
 
+def test_whole_calls_through_a_folder_are_verified(rows: list[dict]) -> None:
+    whole = [row for row in rows if row["bench"] == "end to end"]
+    assert [row["codec"] for row in whole] == ["thinwire small", "thinwire smallest"] * 2
+    assert all(row["verified"] and row["publish"]["runs"] == row["apply"]["runs"] == 1 for row in whole)
+
+
 def test_figures_are_drawn(rows: list[dict], tmp_path: Path) -> None:
     pytest.importorskip("plotly")
     pytest.importorskip("matplotlib")

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["app"]
 
-app = typer.Typer(help="Measure thinwire beside what others send.", no_args_is_help=True)
+app = typer.Typer(help="Measure thinwire beside what others send.", no_args_is_help=True, add_completion=False)
 
 
 @app.callback()
@@ -47,7 +47,7 @@ def codec(
     """Size, speed and memory of thinwire's levels and their peers, on simulated steps."""
     from thinwire.bench.codec import run_codecs
     from thinwire.bench.measure import parse_size, write_rows
-    from thinwire.bench.report import codec_figure, codec_html, codec_table, stage_line
+    from thinwire.bench.report import codec_figure, codec_html, codec_table, folder_lines, stage_line
     from thinwire.bench.workloads import WORKLOADS
     from thinwire.errors import MisuseError
 
@@ -65,6 +65,7 @@ def codec(
             del pair
         rows += found
         console.print(codec_table(found))
+        console.print(folder_lines(found))
         console.print(stage_line(found))
         if figures is not None:
             codec_figure(found, figures / f"codec-{name}.png")

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from thinwire.bench.endtoend import end_to_end
 from thinwire.bench.entropy import entropy_of
 from thinwire.bench.measure import GIB, Stopwatch, extra_memory, load, machine, seconds, versions
 from thinwire.bench.peers import PATCH_FROM, PEERS, Peer, apply_all, encode_all, units_of
@@ -260,6 +261,9 @@ def run_codecs(
             for row in found:
                 _finish(row, _base_costs(small, repeats))
             rows += found
+    for level in ("small", "smallest"):
+        report(f"{level}: through a folder")
+        rows.append(end_to_end(pair, level=level, repeats=repeats, threads=threads))
     report("single-thread costs by stage")
     entropy = entropy_of(pair.old, pair.new)
     common = {

@@ -110,6 +110,19 @@ def _label(axis: Any, points: Sequence[tuple[float, float, str, str]]) -> None:
             note.remove()
 
 
+def folder_lines(rows: Sequence[Row]) -> str:
+    """Whole calls through a folder: speed and peak extra memory."""
+    lines = []
+    for row in (row for row in rows if row["bench"] == "end to end"):
+        calls = [
+            f"{call} {row[call]['best_gib_s']:.2f} ({row[call]['median_gib_s']:.2f}) GiB/s, "
+            f"extra memory {_number(row[call]['extra_memory_percent'], 1)} %"
+            for call in ("publish", "apply")
+        ]
+        lines.append(f"{row['codec']} through a folder: " + "; ".join(calls))
+    return "\n".join(lines)
+
+
 def codec_figure(rows: Sequence[Row], path: Path) -> None:
     """Size against speed, one panel a direction, as a PNG; what sends whole tensors is off the scale and left out.
 

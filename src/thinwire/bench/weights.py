@@ -47,7 +47,7 @@ def model_shapes(cells: int) -> dict[str, tuple[int, ...]]:
 
     >>> shapes = model_shapes(1 << 20)
     >>> sum(int(np.prod(s)) for s in shapes.values()) == 1 << 20, len(shapes)
-    (True, 82)
+    (True, 127)
     """
     if cells < 1 << 10:
         raise MisuseError(f"a model of {cells} weights is too small to measure; take at least 2KiB")
