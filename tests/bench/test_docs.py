@@ -1,0 +1,37 @@
+"""The figures in docs/benchmarks.md are those of the rows kept beside it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from thinwire.bench.markdown import codec_markdown, real_markdown
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCS = (ROOT / "docs" / "benchmarks.md").read_text()
+
+
+def rows(name: str) -> list[dict]:
+    return [json.loads(line) for line in (ROOT / "bench" / "results" / name).read_text().splitlines()]
+
+
+@pytest.mark.parametrize("workload", ["ulp", "adam"])
+def test_the_codec_tables_are_those_of_the_rows(workload: str) -> None:
+    found = [row for row in rows("codec-1gib.jsonl") if row["workload"]["name"] == workload]
+    assert codec_markdown(found) in DOCS
+    assert f"{found[0]['entropy']['exponent']:.3f}" in DOCS
+
+
+def test_the_table_of_real_versions_is_that_of_the_rows() -> None:
+    found = rows("real-smollm2.jsonl")
+    assert real_markdown(found) in DOCS
+    assert all(level["exact"] for row in found for level in row["thinwire"].values())
+
+
+def test_the_run_under_kills_was_clean() -> None:
+    (row,) = rows("follow-300.jsonl")
+    assert (row["mismatches"], row["stalled"], row["crashes"]) == ([], [], [])
+    for figure in (row["versions"], row["kills"], row["joins"], row["reports"], f"{row['published_bytes']:,}"):
+        assert f"| {figure} |" in DOCS
