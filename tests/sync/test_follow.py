@@ -359,10 +359,12 @@ def test_a_model_that_was_changed_behind_our_back_is_brought_back_by_the_anchor(
     store, model = MemoryStore(), small_model()
     publisher = thinwire.Publisher(store)
     publisher.publish(model)
-    worker, consumer = small_model(1), thinwire.Consumer(store)
+    watched = FaultyStore(store)
+    worker, consumer = small_model(1), thinwire.Consumer(watched)
     consumer.load(worker)
     with torch.no_grad():
         worker["a"].weight[0, 0] += 1
+    before = len(watched.log)
     nudge(model, 1)
     publisher.publish(model)
     version = consumer.poll()
@@ -370,6 +372,8 @@ def test_a_model_that_was_changed_behind_our_back_is_brought_back_by_the_anchor(
     result = version.apply(worker)
     assert result.path == "anchor+delta"
     assert bits(worker) == bits(model)
+    anchors = [o for o in watched.log[before:] if o.verb == "get" and "model" in o.key]
+    assert len(anchors) == 1  # fetched once, not once to plan and once to build
 
 
 def test_tensors_may_come_go_and_change_shape_for_who_loads() -> None:

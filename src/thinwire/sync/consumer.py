@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -163,6 +163,10 @@ class Consumer:
         """
         began = time.perf_counter()
         state = self.fetch(version=version, timeout_s=timeout_s, progress=progress)
+        return self._write(state, model, began)
+
+    def _write(self, state: HostState, model: Model, began: float) -> ApplyResult:
+        """Make a proved state the model's."""
         target = Target(model, state.layouts, state.aliases, read=False)
         target.write(state.cells)
         manifest = self._remote.chain.manifests[state.version]
@@ -283,10 +287,10 @@ class Consumer:
                 break
             if fetched is None:
                 fetched = self._fetch_to(manifest, None if lost else held)
+            if fetched.path.anchor_version is not None:
+                return self._apply_anchor(manifest, fetched, model, began, seconds, bytes_fetched, progress)
             seconds["fetch"] += fetched.seconds
             bytes_fetched += fetched.size
-            if fetched.path.anchor_version is not None:
-                return self._apply_anchor(manifest, model, began, seconds, bytes_fetched, progress)
             target = Target(model, self._layouts, self._aliases, read=True)
             for hop, data in zip(fetched.path.hops, fetched.patches, strict=True):
                 try:
@@ -332,20 +336,20 @@ class Consumer:
     def _apply_anchor(
         self,
         manifest: Manifest,
+        fetched: Fetched,
         model: Model,
         began: float,
         seconds: dict[str, float],
-        bytes_fetched: int,
+        earlier_bytes: int,
         progress: Progress | None,
     ) -> ApplyResult:
-        del bytes_fetched  # fetched again below, in one piece with the state
-        result = self.load(model, version=manifest.version, progress=progress)
-        merged = {k: seconds.get(k, 0.0) + v for k, v in result.seconds.items()}
+        state = fetch_state(
+            self._remote, manifest, avoid=self._avoid, fetched=fetched, threads=self.threads, progress=progress
+        )
+        result = self._write(state, model, began)
+        merged = {k: seconds.get(k, 0.0) + v for k, v in state.seconds.items()}
         merged["total"] = time.perf_counter() - began
-        return ApplyResult(
-            result.version, result.step, result.digest, result.path, result.hops, result.bytes_fetched,
-            result.changed, merged,
-        )  # fmt: skip
+        return replace(result, bytes_fetched=earlier_bytes + state.bytes_fetched, seconds=merged)
 
     def tree(self) -> Tree | None:
         """The published tree of the version held: the digest of each tensor, to tell which one diverged."""

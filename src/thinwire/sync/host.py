@@ -126,10 +126,13 @@ def fetch_state(
     target: Manifest,
     *,
     avoid: set[str] | None = None,
+    fetched: Fetched | None = None,
     threads: int = 0,
     progress: Progress | None = None,
 ) -> HostState:
     """The state of ``target``, built from nothing and proved by its digest.
+
+    ``fetched`` is a path from an anchor whose objects are at hand; it is tried first, and used up.
 
     Raises:
         NoPathError: no intact path.
@@ -137,12 +140,14 @@ def fetch_state(
     """
     avoid = set() if avoid is None else avoid
     while True:
-        fetched = fetch_path(remote, target, avoid=avoid)
+        if fetched is None:
+            fetched = fetch_path(remote, target, avoid=avoid)
         try:
             return _build(fetched, target, threads, progress)
         except (RefetchError, RebaseError, MalformedError):  # as published, and yet of no use: this way is out
             avoid.update(ref.key for ref in fetched.path.anchor)
             avoid.update(hop.delta.object.key for hop in fetched.path.hops)
+            fetched = None
 
 
 def _build(fetched: Fetched, target: Manifest, threads: int, progress: Progress | None) -> HostState:
