@@ -45,12 +45,19 @@ def test_importing_is_inert() -> None:
 
 
 OPTIONAL = {
+    "PIL": {"lab"},
+    "datasets": {"lab"},
     "fsspec": {"stores"},
     "gguf": {"lab"},
     "matplotlib": {"bench"},
     "pcodec": {"bench"},
     "plotly": {"bench", "lab"},
+    "pyarrow": {"lab"},
+    "sklearn": {"lab"},
     "transformers": {"lab"},
+    "triton": {"tensors"},
+    "wandb": {"lab"},
+    "yaml": {"lab"},
 }
 
 

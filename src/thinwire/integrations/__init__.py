@@ -1,0 +1,1 @@
+"""The ecosystem's own plug-in points, one file each."""
