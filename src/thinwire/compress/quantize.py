@@ -67,7 +67,7 @@ class _Blockwise(ValueCodec):
         count, device, block = values.numel(), values.device, self.block
         symbols = torch.empty(count, dtype=torch.uint8, device=device)
         scales = torch.empty(_blocks(count, block), dtype=torch.float32, device=device)
-        generator = torch.Generator(device).manual_seed(seed)
+        generator = torch.Generator(device).manual_seed(_mixed(seed))
         whole = count // block
         step = max(1, CHUNK // block) if device.type == "cpu" else max(1, whole)
         for first in range(0, whole, step):
@@ -246,9 +246,9 @@ class Sign(_Blockwise):
 class Quantize(Compressor):
     """All values of an update, each in few bits.
 
-    ``seed`` feeds codecs that round at random, together with the number of the update. It differs between ranks that
-    ought to err independently, such as ``Quantize(QSGD(), seed=rank)``, and is no part of what ranks must agree on
-    (nor of ``repr``): packets decode without it.
+    ``seed`` feeds codecs that round at random, together with the number of the update. Ranks ought to err
+    independently, so give each its own, ``Quantize(QSGD(), seed=rank)`` or ``state["seed"] = rank``. Packets decode
+    without it, and so it is no part of what ranks must agree on (nor of ``repr``).
 
     >>> compressor = Quantize(Int8())
     >>> update = torch.randn(1000)
@@ -262,13 +262,13 @@ class Quantize(Compressor):
 
     def init(self, layout: Layout, device: torch.device | str = "cpu") -> State:
         del device
-        return {"numel": layout.numel, "step": 0}
+        return {"numel": layout.numel, "step": 0, "seed": self.seed}
 
     def encode(self, update: Tensor, state: State) -> tuple[Packet, State]:
         check_update(update)
         if update.numel() != state["numel"]:
             raise MisuseError(f"an update of {update.numel()} elements for a state of {state['numel']}")
-        data = self.codec.encode(update, _mixed(self.seed, state["step"]))
+        data = self.codec.encode(update, (state["seed"] << 32) ^ state["step"])
         if data.data_ptr() == update.data_ptr():
             data = data.clone()  # of float32: the packet must not change when the update does
         return Packet(update.numel(), data), {**state, "step": state["step"] + 1}
@@ -347,13 +347,10 @@ def _look_up(data: Tensor, count: int, table: Tensor) -> Tensor:
     return values
 
 
-def _mixed(seed: int, step: int) -> int:
-    """One seed of two numbers (the finaliser of SplitMix64; Steele et al. 2014).
-
-    Not their sum, or rank 0 at step 1 would round as rank 1 at step 0; nor one above the other, since the generator
-    of a CPU takes 32 bits.
-    """
-    word = (seed * 0x9E3779B97F4A7C15 + step + 0x9E3779B97F4A7C15) % 2**64
+def _mixed(seed: int) -> int:
+    """All 64 bits of a seed in 32 (the finaliser of SplitMix64; Steele et al. 2014): the generator of a CPU ignores
+    the upper half, in which callers put the rank."""
+    word = (seed + 0x9E3779B97F4A7C15) % 2**64
     word = (word ^ word >> 30) * 0xBF58476D1CE4E5B9 % 2**64
     word = (word ^ word >> 27) * 0x94D049BB133111EB % 2**64
     return (word ^ word >> 31) % 2**32
