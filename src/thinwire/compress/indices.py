@@ -137,4 +137,3 @@ def unpack_oracle(data: Tensor, count: int, numel: int) -> Tensor:
     if count and (int(bits[-1]) >= numel or bool((bits[1:] <= bits[:-1]).any())):
         raise MalformedError(f"the bytes are not those of {count} increasing positions below {numel}", count=count)
     return bits.to(torch.int32)
-

@@ -6,6 +6,9 @@ Each is the fast path of a readable version in torch operations (:mod:`thinwire.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 from numba import njit
 
@@ -52,7 +55,7 @@ def pack_high(positions, low_bits, bitmap):
 
 @njit(nogil=True, cache=True)
 def unpack(low, high, low_bits, numel, positions):
-    """Inverse of the two above; ``high`` has 16 spare bytes, ``low`` 8. False where the bytes are not of sorted positions."""
+    """Inverse of the two above; ``high`` has 16 spare bytes, ``low`` 8. False for bytes not of sorted positions."""
     count = positions.shape[0]
     mask = np.uint64((1 << low_bits) - 1)
     found = 0
@@ -136,7 +139,7 @@ def positions_of(bitmap, positions):
             found += 1
 
 
-def merge(slices, length):
+def merge(slices: Sequence[tuple[Any, Any]], length: int) -> tuple[Any, Any]:
     """Sums sorted sparse slices of a region of ``length`` elements, in their order: ``(positions, sums)``.
 
     The sums live at the ranks of their positions in a bitmap of the union, so that memory follows the number of

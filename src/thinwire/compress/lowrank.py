@@ -123,6 +123,13 @@ class LowRank(Compressor):
             torch.mm(matrix.T, p, out=q)
         return result
 
+    def with_dense_of(self, own: Tensor, stack: Tensor, state: State) -> Tensor:
+        """``stack`` with the dense values of ``own``: what one rank has sent of those, beside the common factors."""
+        result = stack.clone()
+        plan = self._plan(state)
+        plan.cut_stack(result)[1].copy_(plan.cut_stack(own)[1])
+        return result
+
     def reconstruct(self, stack: Tensor, q: Tensor, state: State) -> Tensor:
         """The update that the factors stand for, float32 ``[numel]``."""
         return self._plan(state).reconstruct(stack, q)

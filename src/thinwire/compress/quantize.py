@@ -270,12 +270,13 @@ class Quantize(Compressor):
             raise MisuseError(f"an update of {update.numel()} elements for a state of {state['numel']}")
         data = self.codec.encode(update, (state["seed"] << 32) ^ state["step"])
         if data.data_ptr() == update.data_ptr():
-            data = data.clone()  # of float32: the packet must not change when the update does
+            data = data.clone()  # float32 is cast to itself, but the packet must not change when the update does
         return Packet(update.numel(), data), {**state, "step": state["step"] + 1}
 
     def decode(self, packet: Packet) -> Tensor:
         check_packet(packet, self.codec.size(packet.numel))
-        return self.codec.decode(packet.data, packet.numel)
+        values = self.codec.decode(packet.data, packet.numel)
+        return values.clone() if values.data_ptr() == packet.data.data_ptr() else values
 
 
 # --- symbols ----------------------------------------------------------------------------------------------------------

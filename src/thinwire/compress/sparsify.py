@@ -27,7 +27,7 @@ from thinwire.compress.values import ValueCodec, value_codec
 from thinwire.errors import MalformedError, MisuseError
 from thinwire.tensors.select import accumulate_top_k, at_least, top_k
 
-__all__ = ["BlockTopK", "RandomK", "Sparsifier", "Threshold", "TopK", "add_scaled", "expand_runs"]
+__all__ = ["BlockTopK", "RandomK", "Sparsifier", "Threshold", "TopK", "add_scaled", "all_finite", "expand_runs"]
 
 _HEADER = 4  # bytes: a count, or RandomK's step
 
@@ -37,6 +37,11 @@ def add_scaled(update: Tensor, residual: Tensor, update_scale: float, residual_s
     first = update if update_scale == 1.0 else update * update_scale
     second = residual if residual_scale == 1.0 else residual * residual_scale
     torch.add(first, second, out=out)
+
+
+def all_finite(x: Tensor) -> bool:
+    """Whether no element is infinite or NaN; one pass over memory, nothing allocated, unless the sum overflows."""
+    return bool(torch.isfinite(x.sum(dtype=torch.float32))) or bool(torch.isfinite(x).all())
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,16 @@ class Sparsifier(Compressor):
     def synchronised(self) -> bool:
         """Whether all ranks select the same positions without talking to each other."""
         return False
+
+    @property
+    def by_parameter(self) -> bool:
+        """Whether a state may say how many elements of each parameter are due."""
+        return False
+
+    def finite(self, update: Tensor, positions: Tensor) -> bool:
+        """Whether all of ``update`` is finite, given what was selected from it."""
+        del positions
+        return all_finite(update)
 
     def count(self, numel: int) -> int:
         """Elements due of an update of ``numel``: at least one, so that every update makes some progress."""
@@ -93,7 +108,7 @@ class Sparsifier(Compressor):
         from it. Returns the positions, whether all of it is finite, and the next state."""
         out = residual if out is None else out
         add_scaled(update, residual, update_scale, residual_scale, out)
-        if not bool(torch.isfinite(out).all()):
+        if not all_finite(out):
             return torch.empty(0, dtype=torch.int32, device=out.device), False, state
         positions, state = self.select(out, state)
         return positions, True, state
@@ -170,6 +185,13 @@ class TopK(Sparsifier):
     tensor([ 0., -3.,  2.,  0.])
     """
 
+    @property
+    def by_parameter(self) -> bool:
+        return True
+
+    def finite(self, update: Tensor, positions: Tensor) -> bool:
+        return all_finite(update[positions])  # NaN and infinity are selected before anything else
+
     def select(self, update: Tensor, state: State) -> tuple[Tensor, State]:
         if state.get("counts") is not None:
             return self._select_by_parameter(update, state)
@@ -244,7 +266,7 @@ class Threshold(Sparsifier):
 @final
 @dataclass(frozen=True)
 class BlockTopK(Sparsifier):
-    """The blocks of ``block`` neighbouring elements that have the largest Euclidean norm: one index for a whole block."""
+    """The blocks of ``block`` neighbouring elements that have the largest Euclidean norm: one index a block."""
 
     block: int = 32
 
@@ -267,7 +289,8 @@ class BlockTopK(Sparsifier):
 
 def block_norms(update: Tensor, block: int) -> Tensor:
     padded = torch.nn.functional.pad(update, (0, -update.numel() % block))
-    return padded.view(-1, block).norm(dim=1)
+    norms: Tensor = torch.linalg.vector_norm(padded.view(-1, block), dim=1)
+    return norms
 
 
 @final
@@ -275,12 +298,9 @@ def block_norms(update: Tensor, block: int) -> Tensor:
 class RandomK(Sparsifier):
     """One element at random in each of ``round(density * numel)`` equal strata, drawn from ``seed`` and the step.
 
-    All ranks draw the same ones, so that no index travels and the values can be reduced as they stand.
-    ``rescale=True`` divides by the density, which makes the update unbiased; with error feedback leave it off.
-    """
+    All ranks draw the same ones, so that no index travels and the values can be reduced as they stand.    """
 
     seed: int = 0
-    rescale: bool = False
 
     @property
     def synchronised(self) -> bool:
@@ -291,7 +311,8 @@ class RandomK(Sparsifier):
         generator = torch.Generator().manual_seed(((self.seed & 0xFFFFFFFF) << 31) ^ step)
         within = torch.rand(count, generator=generator, dtype=torch.float64)
         strata = (torch.arange(count, dtype=torch.float64) + within) * (numel / count) if count else within
-        return strata.floor().clamp_(max=numel - 1).to(torch.int32).unique_consecutive()
+        drawn = strata.floor().clamp_(max=numel - 1).to(torch.int32)
+        return drawn[torch.cat([torch.ones(min(count, 1), dtype=torch.bool), drawn[1:] > drawn[:-1]])]
 
     def select(self, update: Tensor, state: State) -> tuple[Tensor, State]:
         positions = self.positions(update.numel(), state["step"]).to(update.device)
@@ -301,8 +322,8 @@ class RandomK(Sparsifier):
         check_update(update)
         positions, after = self.select(update, state)
         header = torch.tensor([state["step"]], dtype=torch.int32).view(torch.uint8).to(update.device)
-        chosen = update[positions] / self.density if self.rescale else update[positions]
-        return Packet(update.numel(), torch.cat([header, self.codec.encode(chosen, seed_of(state))])), after
+        what = self.codec.encode(update[positions], seed_of(state))
+        return Packet(update.numel(), torch.cat([header, what])), after
 
     def decode(self, packet: Packet) -> Tensor:
         if packet.nbytes < _HEADER:

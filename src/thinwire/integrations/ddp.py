@@ -1,0 +1,255 @@
+"""Compressed data parallel: a communication hook for PyTorch's DistributedDataParallel.
+
+    exchange = CompressedAllReduce(ErrorFeedback(TopK(density=0.01)))
+    ddp_model.register_comm_hook(exchange, CompressedAllReduce.hook)
+
+The exchange runs in a thread of its own, over a process group of its own, while backward computes the next buckets.
+"""
+
+# No "from __future__ import annotations" here: DDP reads the annotations of a hook as types.
+import logging
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any, final
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._C._distributed_c10d import GradBucket
+from torch.futures import Future
+
+from thinwire.compress.base import Compressor
+from thinwire.compress.group import Group
+from thinwire.compress.schedule import Schedule
+from thinwire.errors import MisuseError, ThinwireError
+from thinwire.integrations.exchange import Exchange, LayerBudget, Mode, Traffic, reshard
+from thinwire.integrations.process_group import TorchGroup
+
+if TYPE_CHECKING:
+    from torch.amp import GradScaler
+    from torch.nn.parallel import DistributedDataParallel
+    from torch.optim import Optimizer
+
+__all__ = ["CompressedAllReduce", "LayerBudget", "Traffic"]
+
+_log = logging.getLogger(__name__)
+
+
+@final
+class CompressedAllReduce:
+    """A DDP communication hook that sends compressed gradients. Making one is collective: ranks that were given unlike
+    compressors or options all raise here, before anything is trained.
+
+    Args:
+        compressor: what to send, usually ``ErrorFeedback(TopK(...))``. None sends everything.
+        group: the ranks, as DDP's ``process_group`` (default: all). A group of its own is made over them.
+        mode: how sparse updates are reduced (:mod:`thinwire.compress.allreduce`): ``split`` costs the same at any
+            number of ranks; ``gather`` suits 2 or 3; ``shared`` lets one rank after the other choose for all, the
+            cheapest; ``dense`` sends everything; ``auto`` takes the quickest of split, gather and dense for every
+            bucket by a model calibrated on the first step.
+        schedule: a density over time; it overrides the compressor's. Feed it with :meth:`observe`.
+        layer_budget: shares the elements due over the parameters; without, those of a bucket compete.
+        scaler: the GradScaler of mixed-precision training. Residuals are kept in true units, and a step that it skips
+            leaves them untouched.
+        optimizer: the optimiser, for its learning rates: where they change, what waits in the residual is rescaled, so
+            that it is applied at the rate of its time.
+        rollback: keep the residual of the step before until it is known to be good, at 4 bytes a parameter. Default:
+            with a scaler.
+        timeout_s: after which a rank that does not answer is an error on all others.
+
+    Raises:
+        MisuseError: The ranks differ, or torch.distributed is not initialised.
+
+    Errors of an exchange surface in ``backward()`` (PyTorch wraps them in a RuntimeError that names them);
+    :attr:`error` has the original. The group is then of no use; restart from a checkpoint.
+
+    What is sent is the gradient of the step (summed over micro-batches that ran under ``no_sync``). For Adam-like
+    optimisers see :class:`thinwire.integrations.local_steps.LocalSteps`.
+    """
+
+    def __init__(
+        self,
+        compressor: Compressor | None = None,
+        *,
+        group: dist.ProcessGroup | Group | None = None,
+        mode: Mode = "auto",
+        schedule: Schedule | None = None,
+        layer_budget: LayerBudget | None = None,
+        scaler: "GradScaler | None" = None,
+        optimizer: "Optimizer | None" = None,
+        rollback: bool | None = None,
+        timeout_s: float = 60.0,
+    ) -> None:
+        self._group = _joined(group, timeout_s)
+        self._optimizer = optimizer
+        self._names: dict[int, str] = {}
+        self._parameters: dict[str, Tensor] = {}  # holds on to them, so that an id stays one parameter's
+        self._exchange = Exchange(
+            compressor,
+            self._group,
+            mode=mode,
+            schedule=schedule,
+            layer_budget=layer_budget,
+            scaler=scaler,
+            rollback=rollback,
+            learning_rate_of=self._learning_rate if optimizer is not None else None,
+        )
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="thinwire-exchange")
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
+        self._priming = False
+        self.error: BaseException | None = None
+
+    # --- DDP -------------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def hook(exchange: "CompressedAllReduce", bucket: GradBucket) -> Future[Tensor]:
+        """What ``register_comm_hook`` takes. Parameters are told apart by the order in which DDP first shows them;
+        :meth:`attach` knows their names."""
+        parameters = bucket.parameters()
+        keys = [exchange._key_of(parameter) for parameter in parameters]
+        shapes = [tuple(parameter.shape) for parameter in parameters]
+        flat = bucket.buffer()
+        if exchange._priming:
+            done: Future[Tensor] = Future()
+            done.set_result(flat)
+            return done
+        return exchange._start(flat, keys, shapes)
+
+    def attach(self, model: "DistributedDataParallel") -> "CompressedAllReduce":
+        """Registers the hook on a DDP model and keeps its parameters by name, so that a saved state fits whatever
+        buckets and order DDP chooses. Returns itself."""
+        for name, parameter in model.module.named_parameters():
+            self._know(parameter, name)
+        model.register_comm_hook(self, CompressedAllReduce.hook)
+        return self
+
+    def prime(self, model: torch.nn.Module, closure: Callable[[], Any]) -> None:
+        """One forward and backward (``closure``) whose gradients are thrown away, nothing being exchanged.
+
+        DDP forms its final buckets after its first backward. For a resumed run to be bit-exact it must start with
+        them: prime first, then load the checkpoint (forward changes random states and BatchNorm's buffers).
+        """
+        self._priming = True
+        try:
+            closure()
+        finally:
+            self._priming = False
+        model.zero_grad(set_to_none=True)
+
+    # --- without DDP -----------------------------------------------------------------------------------------------
+
+    def all_reduce(self, tensor: Tensor, name: str = "flat") -> Tensor:
+        """Replaces a floating-point ``tensor`` by its mean over the ranks and returns it; residuals are kept under
+        ``name``. Blocks; collective."""
+        flat = tensor.view(-1)
+        self._start(flat, [name], [tuple(tensor.shape)]).wait()
+        return tensor
+
+    def observe(self, *, loss: float | Tensor) -> None:
+        """This rank's loss, once a step and before backward, for schedules that follow it."""
+        self._exchange.observe(float(loss))
+
+    @property
+    def traffic(self) -> Traffic:
+        """Bytes so far, by the collectives' own accounting."""
+        return self._exchange.traffic()
+
+    @property
+    def density(self) -> float | None:
+        """The density of the current step; None for a compressor without one."""
+        return getattr(self._exchange.compressor, "density", None)
+
+    # --- state -----------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's residuals and all else that the next step depends on; save one for each rank."""
+        state: dict[str, Any] = self._in_thread(self._exchange.state_dict)
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues from :meth:`state_dict` of the same rank, number of ranks and compressor.
+
+        Raises:
+            MisuseError: It is of another; :meth:`reshard` makes states for another number of ranks.
+        """
+        self._in_thread(lambda: self._exchange.load_state_dict(state))
+
+    @staticmethod
+    def reshard(states: Sequence[dict[str, Any]], world_size: int) -> list[dict[str, Any]]:
+        """The states of all ranks of a run, for another number of ranks. The mean residual stays what it was."""
+        return reshard(states, world_size)
+
+    def close(self) -> None:
+        """Ends the thread and the process group. The exchange is of no use afterwards."""
+        self._thread.shutdown(wait=True)
+        if isinstance(self._group, TorchGroup) and dist.is_initialized():
+            self._group.close()
+
+    # --- the thread ------------------------------------------------------------------------------------------------
+
+    def _start(self, flat: Tensor, keys: list[str], shapes: list[tuple[int, ...]]) -> Future[Tensor]:
+        device = flat.device
+        future: Future[Tensor] = Future(devices=[device]) if device.type == "cuda" else Future()
+        ready = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
+        self._thread.submit(self._run, flat, keys, shapes, ready, future)
+        return future.then(self._unwrap)
+
+    def _run(self, flat: Tensor, keys: list[str], shapes: list[tuple[int, ...]], ready: Any, future: Any) -> None:
+        try:
+            if self.error is not None:
+                raise self.error
+            with self._stream(flat.device, ready), torch.no_grad():
+                self._exchange.reduce_(flat, keys, shapes)
+                future.set_result(flat)
+        except BaseException as error:  # whatever it is must reach backward, not die with this thread
+            if self.error is None:
+                _log.error("the exchange failed: %s", error)
+            self.error = error
+            future.set_result(flat)
+
+    def _stream(self, device: torch.device, ready: Any) -> Any:
+        if device.type != "cuda":
+            return nullcontext()
+        if device not in self._streams:
+            self._streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        stream = self._streams[device]
+        stream.wait_event(ready)
+        return torch.cuda.stream(stream)
+
+    def _unwrap(self, future: Future[Tensor]) -> Tensor:
+        if self.error is not None:
+            if isinstance(self.error, ThinwireError):
+                raise self.error
+            raise RuntimeError(f"the gradient exchange failed: {self.error!r}") from self.error
+        return future.value()
+
+    def _in_thread(self, work: Callable[[], Any]) -> Any:
+        return self._thread.submit(work).result()
+
+    # --- parameters ------------------------------------------------------------------------------------------------
+
+    def _key_of(self, parameter: Tensor) -> str:
+        name = self._names.get(id(parameter))
+        return self._know(parameter, f"#{len(self._names)}") if name is None else name
+
+    def _know(self, parameter: Tensor, name: str) -> str:
+        self._names[id(parameter)] = name
+        self._parameters[name] = parameter
+        return name
+
+    def _learning_rate(self, key: str) -> float:
+        assert self._optimizer is not None
+        wanted = self._parameters.get(key)
+        for group in self._optimizer.param_groups:
+            if any(parameter is wanted for parameter in group["params"]):
+                return float(group["lr"])
+        if len(self._optimizer.param_groups) == 1:
+            return float(self._optimizer.param_groups[0]["lr"])
+        raise MisuseError(f"parameter {key} is not in the optimiser's groups; pass the optimiser of this model")
+
+
+def _joined(group: dist.ProcessGroup | Group | None, timeout_s: float) -> Group:
+    if group is None or isinstance(group, dist.ProcessGroup):
+        return TorchGroup(group, timeout_s)
+    return group
