@@ -149,3 +149,56 @@ def real(
     if not total["exact"]:
         console.print("[bold red]A version was not exact.[/bold red]")
         raise typer.Exit(1)
+
+
+_GRADIENT_EXAMPLES = """\b
+thinwire bench gradients                                   # 8 workers, 1 Gbit/s: minutes, and 6 GB of memory
+thinwire bench gradients --workers 4 --width 16 --repeats 3          # a narrower ResNet-50, to try it
+thinwire bench gradients --rate 100mbit --methods fp32,fp16,split    # a slower line, three methods
+thinwire bench gradients --rate loopback --methods ours              # without root: no limit, no counted bytes
+"""
+
+
+@app.command(epilog=_GRADIENT_EXAMPLES)
+def gradients(
+    workers: Annotated[int, typer.Option(min=2, max=64, help="Ranks, one process and one host each.")] = 8,
+    rate: Annotated[str, typer.Option(help="Of each host's line: 1gbit, 100mbit, none; or loopback.")] = "1gbit",
+    density: Annotated[float, typer.Option(help="Share of elements that sparse methods send.")] = 0.01,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed steps of each method.")] = 7,
+    methods: Annotated[str, typer.Option(help="Names with commas between; baselines, ours, all.")] = "all",
+    bucket_mb: Annotated[float, typer.Option(min=0, help="MiB of DDP's buckets; 0: one flat tensor.")] = 25,
+    width: Annotated[int, typer.Option(min=1, help="Channels of ResNet-50's first layer; less is narrower.")] = 64,
+    seed: Annotated[int, typer.Option(help="Seed of the gradients.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print rows of JSON.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Write the rows to this file.")] = None,
+) -> None:
+    """Gradient exchange side by side over a slow network: all-reduce, fp16, PowerSGD, all-gather, thinwire."""
+    from thinwire.bench.gradients import gradients_table, run_gradients
+    from thinwire.bench.gradients_methods import choose
+    from thinwire.bench.gradients_worker import GradientOptions
+    from thinwire.bench.measure import write_rows
+
+    console = _console(as_json)
+    if rate != "loopback" and not _has_slow_network(console):
+        return
+    names = tuple(method.name for method in choose(methods))
+    options = GradientOptions(names, density, repeats, bucket_mb=bucket_mb, width=width, seed=seed)
+    with console.status("starting the ranks") as status:
+        line = None if rate == "loopback" else rate
+        rows = run_gradients(options, workers, line, report=lambda text: status.update(f"gradients: {text}"))
+    console.print(gradients_table(rows))
+    if out is not None:
+        write_rows(out, rows)
+    if as_json:
+        for row in rows:
+            typer.echo(json.dumps(row, sort_keys=True))
+
+
+def _has_slow_network(console: Console) -> bool:
+    """Says so if there can be none: the benchmark is skipped, which is no failure."""
+    from thinwire.bench.net.namespaces import SlowNetwork
+
+    reason = SlowNetwork.why_not()
+    if reason is not None:
+        console.print(f"skipped: {reason} (--rate loopback needs none of it, but has no limit and counts no bytes)")
+    return reason is None
