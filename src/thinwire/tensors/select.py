@@ -1,9 +1,8 @@
 """Exact selection of the largest magnitudes, the step that decides what a sparse gradient exchange sends.
 
-``torch.topk`` sorts out a whole order; here the bits of ``|x|`` are compared as integers, and mostly a single pass over
-memory finds the answer. It is a function of the values alone: ties at the threshold go to the lowest indices, and
-neither hints, threads nor the device change it. NaN counts as larger than infinity; :attr:`Selection.finite` tells, at
-no extra cost, whether there was any of either.
+The bits of ``|x|`` are compared as integers, and mostly a single pass over memory finds the answer. It is a function of
+the values alone: ties at the threshold go to the lowest indices, and neither hints, threads nor the device change it.
+NaN counts as larger than infinity; :attr:`Selection.finite` tells, at no extra cost, whether there was any of either.
 
 On the CPU the loops are compiled by Numba, on CUDA by Triton (without Triton, torch's own operations stand in).
 """
@@ -12,12 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from math import inf, isnan
 
 import numpy as np
 import torch
 
 from thinwire.errors import MisuseError
+from thinwire.tensors import select_torch
 
 __all__ = ["Selection", "accumulate_top_k", "at_least", "fill_sparse_", "top_k"]
 
@@ -44,6 +45,8 @@ def _check(name: str, x: torch.Tensor, dtypes: tuple[torch.dtype, ...] = _FLOATS
     if x.dim() != 1 or not x.is_contiguous() or x.dtype not in dtypes:
         wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise MisuseError(f"{name} must be a contiguous 1-d tensor of {wanted}, not {x.dtype} {tuple(x.shape)}")
+    if x.device.type not in ("cpu", "cuda"):
+        raise MisuseError(f"{name} is on {x.device}; selection runs on the CPU and on CUDA")
     if x.numel() > _NUMEL_MAX:
         raise MisuseError(f"{name} has {x.numel()} elements, more than int32 indices reach; select in parts")
 
@@ -63,8 +66,9 @@ def _check_same(name: str, x: torch.Tensor, like: torch.Tensor) -> None:
 
 def _check_overlap(name: str, x: torch.Tensor, out: torch.Tensor) -> None:
     first, second = x.data_ptr(), out.data_ptr()
-    size = 4 * out.numel()
-    if first != second and first < second + size and second < first + size and x.device == out.device:
+    mine, its = out.numel() * out.element_size(), x.numel() * x.element_size()
+    apart = first >= second + mine or second >= first + its
+    if not apart and (first != second or mine != its):
         raise MisuseError(f"{name} overlaps the output at another offset; it must be the same memory or apart")
 
 
@@ -74,8 +78,8 @@ def _threads(threads: int | None) -> int:
     return torch.get_num_threads() if threads is None else threads
 
 
-def _magnitude(key: int) -> float:
-    return float(np.uint32(key).view(np.float32))
+def _selection(indices: torch.Tensor, key: int, finite: bool) -> Selection:
+    return Selection(indices, float(np.uint32(key).view(np.float32)), finite)
 
 
 def top_k(
@@ -91,7 +95,7 @@ def top_k(
     Args:
         x: float32 (or bfloat16, float16, which are converted) [n], contiguous, n < 2**31, on the CPU or on CUDA.
         k: how many, 0 to n.
-        hint: about the threshold to expect, such as the last step's. Only the speed depends on it.
+        hint: about the threshold to expect, such as the last step's. Only the speed depends on it, on the CPU.
         segments: lengths of consecutive parts of ``x``, selected from one by one; ``k`` is then one count each, and
             the threshold the lowest of theirs. A hint does not fit them all and is left out.
         threads: on the CPU; by default torch's number.
@@ -111,13 +115,13 @@ def top_k(
     if isinstance(k, Sequence):
         raise MisuseError("k must be one number unless there are segments")
     _check_k(k, x.numel())
-    x = x.detach().float()
+    x = x.detach()
     if x.device.type == "cuda":
-        return _device_top_k(x, k, hint)
+        return _selection(*_device_top_k(x, k))
     from thinwire.tensors import select_stripes
 
-    found = select_stripes.top_k(x.numpy(), k, hint=hint, threads=_threads(threads))
-    return Selection(torch.from_numpy(found.indices), _magnitude(found.key), found.finite)
+    found = select_stripes.top_k(x.float().numpy(), k, hint=hint, threads=_threads(threads))
+    return _selection(torch.from_numpy(found.indices), found.key, found.finite)
 
 
 def _by_segments(x: torch.Tensor, k: int | Sequence[int], segments: Sequence[int], threads: int | None) -> Selection:
@@ -174,18 +178,18 @@ def accumulate_top_k(
         _check(name, x, (torch.float32,))
         _check_same(name, x, gradient)
     _check_k(k, out.numel())
-    gradient, residual, out = gradient.detach().float(), residual.detach(), out.detach()
+    gradient, residual, out = gradient.detach(), residual.detach(), out.detach()
     _check_overlap("gradient", gradient, out)
     _check_overlap("residual", residual, out)
     if out.device.type == "cuda":
-        return _device_accumulate_top_k(gradient, residual, out, k, hint, gradient_scale, residual_scale)
+        return _selection(*_device_accumulate_top_k(gradient, residual, out, k, gradient_scale, residual_scale))
     from thinwire.tensors import select_stripes
 
     found = select_stripes.accumulate_top_k(
-        gradient.numpy(), residual.numpy(), out.numpy(), k,
+        gradient.float().numpy(), residual.numpy(), out.numpy(), k,
         hint=hint, scale=gradient_scale, keep=residual_scale, threads=_threads(threads),
     )  # fmt: skip
-    return Selection(torch.from_numpy(found.indices), _magnitude(found.key), found.finite)
+    return _selection(torch.from_numpy(found.indices), found.key, found.finite)
 
 
 def at_least(x: torch.Tensor, threshold: float, *, cap: int | None = None, threads: int | None = None) -> torch.Tensor:
@@ -207,12 +211,12 @@ def at_least(x: torch.Tensor, threshold: float, *, cap: int | None = None, threa
         raise MisuseError(f"threshold must be a magnitude, not {threshold}")
     if cap is not None and cap < 0:
         raise MisuseError(f"cap must not be negative, as {cap} is")
-    x = x.detach().float()
+    x = x.detach()
     if x.device.type == "cuda":
-        return _device_at_least(x, threshold, cap)
+        return select_torch.at_least(x, threshold, cap)
     from thinwire.tensors import select_stripes
 
-    return torch.from_numpy(select_stripes.at_least(x.numpy(), threshold, cap=cap, threads=_threads(threads)))
+    return torch.from_numpy(select_stripes.at_least(x.float().numpy(), threshold, cap=cap, threads=_threads(threads)))
 
 
 def fill_sparse_(
@@ -237,43 +241,47 @@ def fill_sparse_(
     _check_same("values", values, indices)
     if indices.device != out.device:
         raise MisuseError(f"indices are on {indices.device}, out is on {out.device}")
+    target, written = out.detach(), values.detach()
     if out.device.type == "cuda":
-        out.detach().zero_().index_put_((indices.long(),), values.detach())
-        return out
-    from thinwire.tensors import select_stripes
+        fits = _device_fill(target, indices, written)
+    else:
+        from thinwire.tensors import select_stripes
 
-    if not select_stripes.fill_sparse(
-        out.detach().numpy(), indices.numpy(), values.detach().numpy(), threads=_threads(threads)
-    ):
+        fits = select_stripes.fill_sparse(target.numpy(), indices.numpy(), written.numpy(), threads=_threads(threads))
+    if not fits:
         raise MisuseError(f"indices must increase strictly from 0 to below {out.numel()}")
     return out
 
 
-def _device_top_k(x: torch.Tensor, k: int, hint: float | None) -> Selection:
-    from thinwire.tensors import select_oracle
+# --- CUDA -------------------------------------------------------------------------------------------------------------
 
-    del hint
-    keys, indices = select_oracle.keys(x), select_oracle.top_k(x, k)
-    return Selection(indices, float(x[indices.long()].abs().min()) if k else inf, bool((keys < 0x7F80_0000).all()))
+
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+def _device_top_k(x: torch.Tensor, k: int) -> select_torch.Found:
+    if not _has_triton():
+        return select_torch.top_k(x, k)
+    from thinwire.tensors import select_triton
+
+    return select_triton.top_k(x, k)
 
 
 def _device_accumulate_top_k(
-    gradient: torch.Tensor,
-    residual: torch.Tensor,
-    out: torch.Tensor,
-    k: int,
-    hint: float | None,
-    scale: float,
-    keep: float,
-) -> Selection:
-    from thinwire.tensors import select_oracle
+    gradient: torch.Tensor, residual: torch.Tensor, out: torch.Tensor, k: int, scale: float, keep: float
+) -> select_torch.Found:
+    if not _has_triton():
+        return select_torch.top_k(select_torch.accumulate(gradient, residual, out, scale, keep), k)
+    from thinwire.tensors import select_triton
 
-    out.copy_(select_oracle.accumulate(gradient, residual, scale, keep))
-    return _device_top_k(out, k, hint)
+    return select_triton.accumulate_top_k(gradient, residual, out, k, scale, keep)
 
 
-def _device_at_least(x: torch.Tensor, threshold: float, cap: int | None) -> torch.Tensor:
-    from thinwire.tensors import select_oracle
-
-    found = select_oracle.at_least(x, threshold)
-    return found if cap is None or found.numel() <= cap else select_oracle.top_k(x, cap)
+def _device_fill(out: torch.Tensor, indices: torch.Tensor, values: torch.Tensor) -> bool:
+    if indices.numel():
+        rising = (indices[1:] > indices[:-1]).all() & (indices[0] >= 0) & (indices[-1] < out.numel())
+        if not bool(rising):  # the device itself would only stop the process
+            return False
+    out.zero_().index_put_((indices.long(),), values)
+    return True

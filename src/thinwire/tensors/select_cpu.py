@@ -123,17 +123,17 @@ def accumulate(gradient, residual, out, bits, offset, scale, keep, limit, indice
 @njit(nogil=True, cache=True)
 def sample(bits, keys):
     """One key from each of ``keys.size`` equal runs of ``bits``, at places that only depend on the sizes."""
-    stride = bits.shape[0] // keys.shape[0]
-    for j in range(keys.shape[0]):
-        keys[j] = bits[j * stride + ((j * _SPREAD) >> 7) % stride] & _MAGNITUDE
+    n, size = bits.shape[0], keys.shape[0]
+    for j in range(size):
+        keys[j] = bits[j * n // size + ((j * _SPREAD) >> 7) % (n // size)] & _MAGNITUDE
 
 
 @njit(nogil=True, cache=True)
 def sample_sum(gradient, residual, scale, keep, sums):
     """:func:`sample` of ``scale * gradient + keep * residual``, as floats."""
-    stride = gradient.shape[0] // sums.shape[0]
-    for j in range(sums.shape[0]):
-        i = j * stride + ((j * _SPREAD) >> 7) % stride
+    n, size = gradient.shape[0], sums.shape[0]
+    for j in range(size):
+        i = j * n // size + ((j * _SPREAD) >> 7) % (n // size)
         sums[j] = scale * gradient[i] + keep * residual[i]
 
 

@@ -12,12 +12,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
-from math import ceil, isfinite, sqrt
+from math import isfinite
 from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
+from thinwire.tensors.select_bound import INFINITY, LARGEST, rank_in_sample, room_for
 from thinwire.tensors.select_cpu import BINS, accumulate, collect, emit, emit_from, fill, sample, sample_sum, tally
 
 __all__ = ["accumulate_top_k", "at_least", "fill_sparse", "top_k"]
@@ -37,8 +38,6 @@ class Selected:
     finite: bool
 
 
-INFINITY = 0x7F80_0000
-_LARGEST = 0x7FFF_FFFF
 _STRIPE_MIN = 1 << 18  # elements for which another thread is worth its start
 _SMALL = 1 << 14  # elements up to which histograms are as fast as a sample
 _SAMPLE_MAX = 1 << 16
@@ -47,7 +46,7 @@ _SLACK = 0.9  # of a hint: a threshold that fell by up to a tenth still costs a 
 
 def _key(value: float) -> int:
     with np.errstate(over="ignore"):
-        return int(np.float32(value).view(np.uint32)) & _LARGEST
+        return int(np.float32(value).view(np.uint32)) & LARGEST
 
 
 @dataclass(slots=True)
@@ -111,7 +110,7 @@ class _Search:
         from_top = counts.sum(0)[::-1].cumsum()
         steps = int(np.searchsorted(from_top, self.rank))
         bin_ = BINS - 1 - steps
-        if self.high == _LARGEST:
+        if self.high == LARGEST:
             self.finite = not counts[:, (INFINITY - self.low) >> shift :].any()
         self.rank -= int(from_top[steps - 1]) if steps else 0
         self.above += counts[:, bin_ + 1 :].sum(1)
@@ -185,16 +184,12 @@ def _sample_size(numel: int) -> int:
 
 
 def _bound(keys: Keys, numel: int, k: int) -> tuple[int, int]:
-    """A key that almost surely at least ``k`` of ``numel`` reach, of which ``keys`` are a sample; and room for those.
-
-    The sample holds about ``m = k * size / numel`` of the ``k`` largest, with a deviation of at most ``sqrt(m)``.
-    """
-    m = k * keys.size / numel
-    rank = ceil(m + 4 * sqrt(m) + 8)
-    if rank > keys.size // 2:
+    """A key that almost surely at least ``k`` of all reach, of which ``keys`` are a sample; and room for those."""
+    rank = rank_in_sample(k, numel, keys.size)
+    if not rank:
         return 0, 0
     found = int(np.partition(keys, keys.size - rank)[keys.size - rank])
-    return min(found, INFINITY), ceil((rank + 6 * sqrt(rank) + 8) * numel / keys.size)
+    return min(found, INFINITY), room_for(rank, numel, keys.size)
 
 
 def _from_hint(hint: float | None, k: int) -> tuple[int, int]:
@@ -211,7 +206,7 @@ def _reading(team: _Team, bits: Keys) -> Pass:
 def _by_histogram(team: _Team, bits: Keys, k: int) -> Selected:
     """Exact whatever the values: two passes, or four where a crowd of equal values lies at the threshold."""
     parts = team.cut(bits)
-    search = _Search(team, parts, 0, _LARGEST, k)
+    search = _Search(team, parts, 0, LARGEST, k)
     search.step()
     finite = search.finite
     if search.at_least <= 2 * k + 4096 and bits.size > _SMALL:
@@ -272,7 +267,7 @@ def accumulate_top_k(
         if not limit and k and out.size > _SMALL:
             sums = np.empty(_sample_size(out.size), np.float32)
             sample_sum(gradient, residual, times, plus, sums)
-            limit, room = _bound(sums.view(np.uint32) & np.uint32(_LARGEST), out.size, k)
+            limit, room = _bound(sums.view(np.uint32) & np.uint32(LARGEST), out.size, k)
 
         def add(s: int, limit: np.uint32, indices: Indices, keys: Keys) -> int:
             start = team.bounds[s][0]
