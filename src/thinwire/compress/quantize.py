@@ -238,7 +238,8 @@ class Sign(_Blockwise):
 
     def quantise(self, unit: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
         del generator
-        return (unit >= 0).to(torch.uint8), unit.abs().mean(1)
+        # Not ``unit >= 0``: a small negative value beside a large one has become -0.0.
+        return unit.signbit().logical_not_().to(torch.uint8), unit.abs().mean(1)
 
 
 @final
