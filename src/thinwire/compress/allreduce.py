@@ -108,7 +108,7 @@ def split(
     # 1. To every owner, what this rank selected in its region.
     borders = torch.tensor(edges, dtype=torch.int32, device=positions.device)
     cuts = torch.searchsorted(positions, borders).tolist() if finite else [0] * (size + 1)
-    chosen = compensated[positions]
+    chosen = compensated.index_select(0, positions)
     outgoing, sent = [], []
     for r in range(size):
         inside = slice(cuts[r], cuts[r + 1])
@@ -164,7 +164,7 @@ def gather(
     if min(counts) < 0:
         return None, carry
     _check_counts(counts, [n] * group.size)
-    data = codec.encode(compensated[positions], _seed(carry, group.rank))
+    data = codec.encode(compensated.index_select(0, positions), _seed(carry, group.rank))
     message = torch.cat([compressor.pack(positions, n), data])
     parts = group.all_gather(message, _message_sizes(compressor, counts, [n] * group.size))
     where, sums = merge([_parse(compressor, part, counts[r], n) for r, part in enumerate(parts)], n)
@@ -199,7 +199,9 @@ def shared(
         data = _broadcast(group, data, leader, compressor.packed_size(count, n), compensated.device)
         positions = compressor.unpack(data, count, n)
     assert positions is not None, "whoever knows the positions passes them"
-    mean, credits = _reduce_values(compensated[positions], compressor.codec, group, _seed(carry, group.rank))
+    mean, credits = _reduce_values(
+        compensated.index_select(0, positions), compressor.codec, group, _seed(carry, group.rank)
+    )
     moved = tuple(Credit(positions if c.positions is None else positions[c.positions], c.values) for c in credits)
     return Reduced(positions, mean, moved), replace(carry, step=carry.step + 1)
 

@@ -39,7 +39,7 @@ def packed_size(count: int, numel: int) -> int:
     """Bytes that ``count`` positions in ``[0, numel)`` take.
 
     >>> packed_size(10_000, 1_000_000) / 10_000
-    1.0782
+    1.0704
     """
     _, low, high = _sizes(count, numel)
     return low + high

@@ -118,7 +118,7 @@ class Sparsifier(Compressor):
         positions, after = self.select(update, state)
         header = torch.tensor([positions.numel()], dtype=torch.int32).view(torch.uint8).to(update.device)
         where = self.pack(positions, update.numel())
-        what = self.codec.encode(update[positions], seed_of(state))
+        what = self.codec.encode(update.index_select(0, positions), seed_of(state))
         return Packet(update.numel(), torch.cat([header, where, what])), after
 
     def decode(self, packet: Packet) -> Tensor:
@@ -190,7 +190,7 @@ class TopK(Sparsifier):
         return True
 
     def finite(self, update: Tensor, positions: Tensor) -> bool:
-        return all_finite(update[positions])  # NaN and infinity are selected before anything else
+        return all_finite(update.index_select(0, positions))  # NaN and infinity are selected before anything else
 
     def select(self, update: Tensor, state: State) -> tuple[Tensor, State]:
         if state.get("counts") is not None:
@@ -298,7 +298,7 @@ def block_norms(update: Tensor, block: int) -> Tensor:
 class RandomK(Sparsifier):
     """One element at random in each of ``round(density * numel)`` equal strata, drawn from ``seed`` and the step.
 
-    All ranks draw the same ones, so that no index travels and the values can be reduced as they stand.    """
+    All ranks draw the same ones, so that no index travels and the values can be reduced as they stand."""
 
     seed: int = 0
 

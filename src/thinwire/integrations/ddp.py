@@ -23,8 +23,9 @@ from thinwire.compress.base import Compressor
 from thinwire.compress.group import Group
 from thinwire.compress.schedule import Schedule
 from thinwire.errors import MisuseError, ThinwireError
-from thinwire.integrations.exchange import Exchange, LayerBudget, Mode, Traffic, reshard
+from thinwire.integrations.exchange import Exchange, LayerBudget, Traffic, reshard
 from thinwire.integrations.process_group import TorchGroup
+from thinwire.integrations.reduction import Mode
 
 if TYPE_CHECKING:
     from torch.amp import GradScaler
@@ -56,6 +57,8 @@ class CompressedAllReduce:
             that it is applied at the rate of its time.
         rollback: keep the residual of the step before until it is known to be good, at 4 bytes a parameter. Default:
             with a scaler.
+        unused_parameters: the model has parameters that get no gradient in some steps, as DDP's
+            ``find_unused_parameters`` allows; what waits for them is not sent in those (:meth:`attach` sees to it).
         timeout_s: after which a rank that does not answer is an error on all others.
 
     Raises:
@@ -79,6 +82,7 @@ class CompressedAllReduce:
         scaler: "GradScaler | None" = None,
         optimizer: "Optimizer | None" = None,
         rollback: bool | None = None,
+        unused_parameters: bool = False,
         timeout_s: float = 60.0,
     ) -> None:
         self._group = _joined(group, timeout_s)
@@ -93,6 +97,7 @@ class CompressedAllReduce:
             layer_budget=layer_budget,
             scaler=scaler,
             rollback=rollback,
+            unused_parameters=unused_parameters,
             learning_rate_of=self._learning_rate if optimizer is not None else None,
         )
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="thinwire-exchange")
@@ -121,6 +126,7 @@ class CompressedAllReduce:
         buckets and order DDP chooses. Returns itself."""
         for name, parameter in model.module.named_parameters():
             self._know(parameter, name)
+        self._exchange.unused_parameters |= bool(model.find_unused_parameters)
         model.register_comm_hook(self, CompressedAllReduce.hook)
         return self
 
@@ -158,7 +164,7 @@ class CompressedAllReduce:
     @property
     def density(self) -> float | None:
         """The density of the current step; None for a compressor without one."""
-        return getattr(self._exchange.compressor, "density", None)
+        return getattr(self._exchange.reduction.compressor, "density", None)
 
     # --- state -----------------------------------------------------------------------------------------------------
 

@@ -7,25 +7,26 @@ and decides for each unit which of them to use. It blocks; :mod:`thinwire.integr
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal, final
+from typing import TYPE_CHECKING, Any, final
 
 import torch
 from torch import Tensor
 
-from thinwire.compress import allreduce
 from thinwire.compress.allreduce import Carry, Credit, Reduced
 from thinwire.compress.base import Compressor, Layout
-from thinwire.compress.budget import allocate, gradient_norm_share
-from thinwire.compress.cost import CostModel, Way, calibrate, quickest
+from thinwire.compress.budget import allocate
+from thinwire.compress.cost import CostModel
 from thinwire.compress.feedback import ErrorFeedback
 from thinwire.compress.group import Group, sizes_of
 from thinwire.compress.lowrank import LowRank
 from thinwire.compress.quantize import Quantize
 from thinwire.compress.schedule import Schedule, Signals
-from thinwire.compress.sparsify import Sparsifier, add_scaled, all_finite
+from thinwire.compress.sparsify import Sparsifier, all_finite
 from thinwire.errors import MisuseError
+from thinwire.integrations.reduction import MODES, Mode, Reduction
 from thinwire.integrations.units import Unit, make_unit, reshard
 from thinwire.tensors.select import fill_sparse_
 
@@ -34,8 +35,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Exchange", "LayerBudget", "Mode", "Traffic", "reshard"]
 
-Mode = Literal["auto", "split", "gather", "shared", "dense"]
-MODES = ("auto", "split", "gather", "shared", "dense")
 STATE_VERSION = 1
 
 
@@ -80,23 +79,22 @@ class Exchange:
         layer_budget: LayerBudget | None = None,
         scaler: GradScaler | None = None,
         rollback: bool | None = None,
+        unused_parameters: bool = False,
         learning_rate_of: Callable[[str], float] | None = None,
     ) -> None:
         self.feedback = compressor if isinstance(compressor, ErrorFeedback) else None
         self.base = compressor.compressor if isinstance(compressor, ErrorFeedback) else compressor
-        self.compressor = self.base
         self.group = group
-        self.mode = mode
         self.schedule = schedule
         self.layer_budget = layer_budget
         self.scaler = scaler
         self.rollback = scaler is not None if rollback is None else rollback
-        self.learning_rate_of = learning_rate_of
+        self.unused_parameters = unused_parameters
+        self.reduction = Reduction(self.base, self.feedback, group, mode, learning_rate_of)
         self.dense_bytes = 0
         self.exchanges = 0
         self.step = 0
-        self.model: CostModel | None = None
-        self._check()
+        self._check(mode)
         self._units: dict[tuple[str, ...], Unit] = {}
         self._loaded: dict[str, dict[str, Tensor]] = {}
         self._loaded_units: dict[tuple[str, ...], dict[str, Any]] = {}
@@ -113,20 +111,20 @@ class Exchange:
 
     # --- agreement -------------------------------------------------------------------------------------------------
 
-    def _check(self) -> None:
-        if self.mode not in MODES:
-            raise MisuseError(f"mode={self.mode!r}; give one of {', '.join(MODES)}")
+    def _check(self, mode: Mode) -> None:
+        if mode not in MODES:
+            raise MisuseError(f"mode={mode!r}; give one of {', '.join(MODES)}")
         known = (Sparsifier, Quantize, LowRank)
         if self.base is not None and not isinstance(self.base, known):
             raise MisuseError(f"no exchange carries {self.base!r}; use a Sparsifier, Quantize or LowRank")
-        if self.mode in ("split", "gather", "shared") and not isinstance(self.base, Sparsifier):
-            raise MisuseError(f"mode={self.mode!r} carries sparse updates; {self.base!r} makes none")
+        if mode in ("split", "gather", "shared") and not isinstance(self.base, Sparsifier):
+            raise MisuseError(f"mode={mode!r} carries sparse updates; {self.base!r} makes none")
         if self.layer_budget and not (isinstance(self.base, Sparsifier) and self.base.by_parameter):
             raise MisuseError(f"{self.base!r} does not select by parameter; a layer budget needs TopK")
 
     def _handshake(self) -> None:
-        mine = json.dumps([STATE_VERSION, repr(self.feedback or self.base), self.mode, repr(self.schedule),
-                           repr(self.layer_budget), self.rollback]).encode()  # fmt: skip
+        mine = json.dumps([STATE_VERSION, repr(self.feedback or self.base), self.reduction.mode, repr(self.schedule),
+                           repr(self.layer_budget), self.rollback, self.unused_parameters]).encode()  # fmt: skip
         data = torch.frombuffer(bytearray(mine), dtype=torch.uint8)
         sizes = sizes_of(self.group, data.numel())
         if max(sizes) > 1 << 16:
@@ -175,18 +173,18 @@ class Exchange:
 
     def _set_density(self) -> None:
         if self.schedule and self.base is not None:
-            self.compressor = self.base.at(self.schedule.density(self._schedule_state))
+            self.reduction.compressor = self.base.at(self.schedule.density(self._schedule_state))
 
     def _share_out(self) -> None:
         """New counts for every parameter, from the mean of all ranks' scores."""
         assert self.layer_budget
-        assert isinstance(self.compressor, Sparsifier)
+        assert isinstance(self.reduction.compressor, Sparsifier)
         scores = torch.tensor(list(self._scores.values()))
         self.group.all_reduce_(scores)
         numels = {key: n for unit in self._units.values() for key, n in zip(unit.keys, unit.layout.numels, strict=True)}
         ordered = [numels[key] for key in self._scores]
         counts = allocate(
-            self.compressor.count(sum(ordered)),
+            self.reduction.compressor.count(sum(ordered)),
             scores.nan_to_num(0.0, 0.0, 0.0).tolist(),
             ordered,
             minimum=self.layer_budget.minimum,
@@ -216,14 +214,19 @@ class Exchange:
         self.exchanges += 1
         if not flat.dtype.is_floating_point or flat.layout != torch.strided:
             raise MisuseError(f"a gradient of {flat.dtype}, {flat.layout}; exchange dense floating-point gradients")
-        if self.compressor is None and flat.dtype == torch.float32:
+        if self.reduction.compressor is None and flat.dtype == torch.float32:
             self.group.all_reduce_(flat)
             flat /= self.group.size
             return
         unit = self._unit_of(tuple(keys), Layout(tuple(tuple(shape) for shape in shapes)), flat.device)
         unit.begin(self.rollback)
         update = flat if flat.dtype == torch.float32 else flat.float()
-        reduced = self._reduce(update, unit)
+        self._apply_counts(unit)
+        with self._idle_set_aside(flat, unit):
+            reduced = self.reduction.reduce(update, unit, self._scale, score=self._scoring)
+        if unit.scores:
+            self._scores.update(zip(unit.keys, unit.scores, strict=True))
+            unit.scores = ()
         if reduced is None:
             self._spoil(flat, update, unit)
         else:
@@ -238,7 +241,7 @@ class Exchange:
             if not set(other.keys).isdisjoint(keys):
                 other.commit()
                 known.update(other.parts())
-        inner = self.compressor.init(layout, device) if self.compressor is not None else {}
+        inner = self.reduction.compressor.init(layout, device) if self.reduction.compressor is not None else {}
         unit = make_unit(keys, layout, device, self.feedback, inner, known)
         saved = self._loaded_units.pop(keys, None)
         if saved:
@@ -254,153 +257,33 @@ class Exchange:
         self._units[keys] = unit
         return unit
 
-    def _reduce(self, update: Tensor, unit: Unit) -> Reduced | None:
-        if isinstance(self.compressor, Sparsifier):
-            return self._reduce_sparse(update, unit, self.compressor)
-        compensated, finite = self._compensate(update, unit)
-        if isinstance(self.compressor, Quantize) and self.mode != "dense":
-            reduced, unit.carry = allreduce.dense(
-                compensated, finite=finite, codec=self.compressor.codec, group=self.group, carry=unit.carry
-            )
-        elif isinstance(self.compressor, LowRank) and self.mode != "dense":
-            reduced, unit.inner = allreduce.low_rank(
-                compensated, finite=finite, compressor=self.compressor, group=self.group, state=unit.inner
-            )
-        else:
-            reduced = allreduce.plain(compensated, self.group)
-        return reduced
-
-    def _reduce_sparse(self, update: Tensor, unit: Unit, compressor: Sparsifier) -> Reduced | None:
-        way = self._way(unit, compressor)
-        self._apply_counts(unit)
-        state = unit.inner
-        if way == "dense" or (way == "shared" and not compressor.synchronised and not self._leads(unit)):
-            compensated, finite = self._compensate(update, unit)
-            positions: Tensor | None = None
-            if way == "dense":
-                return allreduce.plain(compensated, self.group)
-        else:
-            compensated, positions, finite, state = self._select(update, unit, compressor)
-        self._score(compensated, unit)
-        reduced = self._exchange(way, compensated, positions, finite, compressor, unit)
-        if reduced is not None:  # else all ranks keep the state they had, whether or not theirs was the fault
-            unit.inner = state
-        return reduced
-
-    def _exchange(
-        self,
-        way: Way,
-        compensated: Tensor,
-        positions: Tensor | None,
-        finite: bool,
-        compressor: Sparsifier,
-        unit: Unit,
-    ) -> Reduced | None:
-        if way == "shared":
-            reduced, unit.carry = allreduce.shared(
-                compensated, positions, finite=finite, compressor=compressor, group=self.group, carry=unit.carry,
-                known=compressor.synchronised,
-            )  # fmt: skip
-            return reduced
-        assert positions is not None
-        if way == "gather":
-            reduced, unit.carry = allreduce.gather(
-                compensated, positions, finite=finite, compressor=compressor, group=self.group, carry=unit.carry
-            )
-            return reduced
-        counts = unit.inner.get("counts")
-        reduced, unit.carry = allreduce.split(
-            compensated, positions, finite=finite, compressor=compressor, group=self.group, carry=unit.carry,
-            keep=sum(counts) if counts else compressor.count(compensated.numel()),
-            importance=_importance(unit, compensated.device), offsets=unit.layout.offsets,
-        )  # fmt: skip
-        return reduced
-
-    def _leads(self, unit: Unit) -> bool:
-        return unit.carry.step % self.group.size == self.group.rank
-
-    def _way(self, unit: Unit, compressor: Sparsifier) -> Way:
-        if self.mode != "auto":
-            return self.mode
-        if compressor.synchronised:
-            return "shared"
-        if self.model is None:
-            self.model = calibrate(self.group, "cpu")
-        n, count = unit.layout.numel, compressor.count(unit.layout.numel)
-        value_bytes = compressor.codec.size(1024) / 1024
-        entry_bytes = compressor.packed_size(count, n) / max(1, count) + value_bytes
-        return quickest(self.model, ("dense", "split", "gather"), n, count, self.group.size, entry_bytes, value_bytes)
-
-    # --- residual and selection ------------------------------------------------------------------------------------
-
-    def _prepare(self, update: Tensor, unit: Unit) -> tuple[Tensor, float, float]:
-        """The update in true units (velocity included), and the two scales still to be applied to it and to the
-        residual."""
-        scale, keep = 1.0 / self._scale, self._learning_rate_ratio(unit)
-        if self.feedback and self.feedback.momentum:
-            assert unit.velocity is not None
-            velocity = unit.target("velocity")
-            add_scaled(update, unit.velocity, scale, self.feedback.momentum, velocity)
-            unit.velocity = velocity
-            return velocity, 1.0, keep
-        return update, scale, keep
-
-    def _compensate(self, update: Tensor, unit: Unit) -> tuple[Tensor, bool]:
-        if unit.residual is None:
-            compensated = update if self._scale == 1.0 else update / self._scale
-        else:
-            update, scale, keep = self._prepare(update, unit)
-            compensated = unit.target("residual")
-            add_scaled(update, unit.residual, scale, keep, compensated)
-            unit.residual = compensated
-        return compensated, all_finite(compensated)
-
-    def _select(
-        self, update: Tensor, unit: Unit, compressor: Sparsifier
-    ) -> tuple[Tensor, Tensor, bool, dict[str, Any]]:
-        if unit.residual is None:
-            compensated = update if self._scale == 1.0 else update / self._scale
-            positions, state = compressor.select(compensated, unit.inner)
-            finite = compressor.finite(compensated, positions)
-        else:
-            update, scale, keep = self._prepare(update, unit)
-            compensated = unit.target("residual")
-            positions, finite, state = compressor.accumulate(
-                update, unit.residual, unit.inner, update_scale=scale, residual_scale=keep, out=compensated
-            )
-            unit.residual = compensated
-        return compensated, positions, finite, state
-
-    def _learning_rate_ratio(self, unit: Unit) -> float:
-        """What waits in the residual was to be applied at the rate of its time; a change of rate is made up for.
-
-        Where parameters of a unit follow different schedules, their parts of the residual are scaled on the spot.
-        """
-        if self.learning_rate_of is None:
-            return 1.0
-        rates = tuple(self.learning_rate_of(key) for key in unit.keys)
-        before, unit.learning_rates = unit.learning_rates or rates, rates
-        ratios = [old / new if old > 0 and new > 0 else 1.0 for old, new in zip(before, rates, strict=True)]
-        if len(set(ratios)) == 1:
-            return ratios[0]
-        assert unit.residual is not None
-        if unit.undo:
-            unit.residual = unit.target("residual").copy_(unit.residual)
-        for ratio, piece in zip(ratios, torch.split(unit.residual, list(unit.layout.numels)), strict=True):
-            piece.mul_(ratio)
-        return 1.0
-
     # --- layers ----------------------------------------------------------------------------------------------------
+
+    @property
+    def _scoring(self) -> bool:
+        return self.layer_budget is not None and self.step % self.layer_budget.every == 0
 
     def _apply_counts(self, unit: Unit) -> None:
         if self._counts and self._counts.keys() >= set(unit.keys):
             unit.inner = {**unit.inner, "counts": [self._counts[key] for key in unit.keys]}
 
-    def _score(self, compensated: Tensor, unit: Unit) -> None:
-        if self.layer_budget and self.step % self.layer_budget.every == 0:
-            norm2 = float(compensated.double().square().sum()) if compensated.numel() else 0.0
-            shares = gradient_norm_share(compensated, unit.layout)
-            self._scores.update({key: norm2 * share for key, share in zip(unit.keys, shares, strict=True)})
+    # --- parameters without a gradient -----------------------------------------------------------------------------
+
+    @contextmanager
+    def _idle_set_aside(self, flat: Tensor, unit: Unit) -> Iterator[None]:
+        """What waits for a parameter that no rank used in this step must not be sent: DDP would not apply it."""
+        if not self.unused_parameters or unit.residual is None:
+            yield
+            return
+        pieces = torch.split(flat, list(unit.layout.numels))
+        used = torch.tensor([float(piece.any()) for piece in pieces])
+        self.group.all_reduce_(used)
+        idle = [i for i, count in enumerate(used.tolist()) if not count]
+        waiting = unit.set_aside(idle)
+        try:
+            yield
+        finally:
+            unit.put_back(waiting)
 
     # --- results ---------------------------------------------------------------------------------------------------
 
@@ -456,7 +339,7 @@ class Exchange:
             "units": units,
             "schedule": self._schedule_state,
             "counts": self._counts,
-            "model": asdict(self.model) if self.model else None,
+            "model": asdict(self.reduction.model) if self.reduction.model else None,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -481,14 +364,5 @@ class Exchange:
         self._loaded = {key: dict(parts) for key, parts in state["parameters"].items()}
         self._loaded_units = {tuple(unit["keys"]): unit for unit in state["units"]}
         self._schedule_state, self._counts, self.step = state["schedule"], dict(state["counts"]), int(state["step"])
-        self.model = CostModel(**state["model"]) if state["model"] else None
+        self.reduction.model = CostModel(**state["model"]) if state["model"] else None
         self._set_density()
-
-
-def _importance(unit: Unit, device: torch.device) -> Tensor | None:
-    """Where each parameter has its own count, magnitudes compete relative to their parameter's threshold."""
-    thresholds = unit.inner.get("hints")
-    if unit.inner.get("counts") is None or not thresholds:
-        return None
-    inverse = [1.0 / t if 0 < t < float("inf") else 1.0 for t in thresholds]
-    return torch.tensor(inverse, dtype=torch.float32, device=device)

@@ -37,6 +37,7 @@ class Unit:
     learning_rates: tuple[float, ...] | None = None
     spare: dict[str, Tensor] = attribute(default_factory=dict)
     undo: dict[str, Any] = attribute(default_factory=dict)
+    scores: tuple[float, ...] = ()
 
     def begin(self, rollback: bool) -> None:
         """Before an exchange: with ``rollback``, remembers what it will change."""
@@ -69,6 +70,22 @@ class Unit:
             if before is not None and before is not getattr(self, name):
                 self.spare[name] = before
         self.undo = {}
+
+    def set_aside(self, indices: Iterable[int]) -> list[tuple[str, int, Tensor]]:
+        """Takes out what waits for these parameters, leaving zeros. Returns it for :meth:`put_back`."""
+        taken = []
+        for name in ("residual", "velocity"):
+            flat = getattr(self, name)
+            for i in indices if flat is not None else ():
+                piece = torch.split(flat, list(self.layout.numels))[i]
+                taken.append((name, i, piece.clone()))
+                piece.zero_()
+        return taken
+
+    def put_back(self, taken: Iterable[tuple[str, int, Tensor]]) -> None:
+        for name, i, waiting in taken:
+            for flat in {id(f): f for f in (getattr(self, name), self.undo.get(name)) if f is not None}.values():
+                torch.split(flat, list(self.layout.numels))[i].copy_(waiting)
 
     def settle(self, credits: Iterable[Credit], masking: bool) -> None:
         """Takes what was sent off the residual; where it was, the velocity is cleared (factor masking)."""
