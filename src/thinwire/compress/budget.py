@@ -79,7 +79,7 @@ def allocate(
         claims = [_Claim(claim.index, claim.score, claim.numel, 0, claim.low) for claim in claims]
     counts = dict.fromkeys(range(len(claims)), 0)
     scored = [claim for claim in claims if claim.score]
-    others = [_Claim(c.index, Fraction(c.numel), c.numel, c.low, c.high) for c in claims if not c.score]
+    others = [_Claim(c.index, Fraction(max(1, c.numel)), c.numel, c.low, c.high) for c in claims if not c.score]
     # Those without a score get what those with one cannot take.
     for_scored = total - sum(claim.low for claim in others)
     taken = _share_out(for_scored, scored)
