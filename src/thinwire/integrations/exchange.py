@@ -203,6 +203,11 @@ class Exchange:
             RetryError: A rank died or did not answer in time. Nothing was written to ``flat``.
             MalformedError: A rank sent bytes that are not those of an exchange.
         """
+        if not flat.dtype.is_floating_point or flat.layout != torch.strided:
+            raise MisuseError(
+                f"a gradient of {flat.dtype}, {flat.layout}, of parameters {', '.join(keys[:3])}; only dense "
+                "floating-point gradients are exchanged: build embeddings with sparse=False"
+            )
         if self.group.size == 1 or flat.numel() == 0:
             return
         if not self._seen.isdisjoint(keys):
@@ -212,8 +217,6 @@ class Exchange:
         self._seen.update(keys)
         self.dense_bytes += 2 * (self.group.size - 1) * 4 * flat.numel() // self.group.size
         self.exchanges += 1
-        if not flat.dtype.is_floating_point or flat.layout != torch.strided:
-            raise MisuseError(f"a gradient of {flat.dtype}, {flat.layout}; exchange dense floating-point gradients")
         if self.reduction.compressor is None and flat.dtype == torch.float32:
             self.group.all_reduce_(flat)
             flat /= self.group.size
