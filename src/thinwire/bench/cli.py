@@ -194,6 +194,58 @@ def gradients(
             typer.echo(json.dumps(row, sort_keys=True))
 
 
+_SCALING_EXAMPLES = """\b
+thinwire bench scaling                                    # 1 to 8 workers measured, 16 for bytes, 64 simulated
+thinwire bench scaling --width 16 --measured 2,4 --bytes-only "" --simulated 2,4,8     # small, to try it
+"""
+
+
+@app.command(epilog=_SCALING_EXAMPLES)
+def scaling(
+    rate: Annotated[str, typer.Option(help="Of each host's line: 1gbit, 100mbit, none.")] = "1gbit",
+    measured: Annotated[str, typer.Option(help="Numbers of workers to measure; the largest is held out.")] = "1,2,4,8",
+    bytes_only: Annotated[str, typer.Option(help="Numbers of workers at which bytes alone are measured.")] = "16",
+    simulated: Annotated[str, typer.Option(help="Numbers of workers to simulate.")] = "1,2,4,8,16,32,64",
+    density: Annotated[float, typer.Option(help="Share of elements that sparse methods send.")] = 0.01,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed steps of each method; the best counts.")] = 5,
+    width: Annotated[int, typer.Option(min=1, help="Channels of ResNet-50's first layer; less is narrower.")] = 64,
+    seed: Annotated[int, typer.Option(help="Seed of the gradients.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print rows of JSON.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Write the rows to this file.")] = None,
+    figures: Annotated[Path | None, typer.Option(help="Draw gradients-scaling.png into this folder.")] = None,
+) -> None:
+    """Gradient exchange from 1 to 64 workers: measured, then simulated by a model held against held-out points."""
+    from thinwire.bench.measure import write_rows
+    from thinwire.bench.scaling import ScalingOptions, run_scaling, scaling_table
+    from thinwire.bench.scaling_figure import scaling_figure
+
+    console = _console(as_json)
+    options = ScalingOptions(
+        rate, _numbers(measured), _numbers(bytes_only), _numbers(simulated), density, repeats, width=width, seed=seed
+    )
+    if not _has_slow_network(console):
+        return
+    with console.status("starting the ranks") as status:
+        rows = run_scaling(options, report=lambda text: status.update(f"scaling: {text}"))
+    console.print(scaling_table(rows))
+    if figures is not None:
+        scaling_figure(rows, figures / "gradients-scaling.png")
+    if out is not None:
+        write_rows(out, rows)
+    if as_json:
+        for row in rows:
+            typer.echo(json.dumps(row, sort_keys=True))
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    from thinwire.errors import MisuseError
+
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    if not all(word.isdecimal() and 1 <= int(word) <= 64 for word in words):
+        raise MisuseError(f"not numbers of workers: {text!r}; write them as 1,2,4,8, at most 64")
+    return tuple(int(word) for word in words)
+
+
 def _has_slow_network(console: Console) -> bool:
     """Says so if there can be none: the benchmark is skipped, which is no failure."""
     from thinwire.bench.net.namespaces import SlowNetwork

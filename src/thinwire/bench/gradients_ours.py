@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -12,9 +13,10 @@ from thinwire.bench.gradients_workload import Bucket
 from thinwire.compress.feedback import ErrorFeedback
 from thinwire.compress.sparsify import TopK
 from thinwire.integrations.ddp import CompressedAllReduce
-from thinwire.integrations.exchange import Mode
 
-__all__ = ["OURS", "Compressed"]
+__all__ = ["OURS", "Compressed", "Mode"]
+
+Mode = Literal["split", "shared", "gather", "auto"]
 
 
 class Compressed(Exchange):

@@ -9,6 +9,7 @@ workers agree on some of the largest entries and not on others.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
 from math import cos, prod, sin, sqrt
 
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from thinwire.errors import MisuseError
 
-__all__ = ["CORRELATION", "Bucket", "Workload", "bucket_sizes", "resnet50_shapes"]
+__all__ = ["CORRELATION", "Bucket", "Workload", "bucket_sizes", "cut", "resnet50_shapes"]
 
 CORRELATION = 0.36
 """Between the gradients of two workers in one step."""
@@ -116,6 +117,19 @@ class Bucket:
         return self._parameters
 
 
+def cut(flat: Tensor, shapes: Sequence[tuple[int, ...]], bucket_mb: float) -> list[Bucket]:
+    """The buckets of a flat tensor that holds parameters of these shapes, the last one first.
+
+    >>> [bucket.buffer().numel() for bucket in cut(torch.empty(700_000, device="meta"), [(400_000,), (300_000,)], 1)]
+    [300000, 400000]
+    """
+    groups = [[shapes[i] for i in group] for group in bucket_sizes(shapes, bucket_mb)]
+    parts = torch.split(flat, [sum(prod(shape) for shape in group) for group in groups])
+    return [
+        Bucket(i, i == len(groups) - 1, part, group) for i, (part, group) in enumerate(zip(parts, groups, strict=True))
+    ]
+
+
 @dataclass(frozen=True, slots=True)
 class _Parts:
     common: tuple[Tensor, Tensor]
@@ -132,20 +146,25 @@ class Workload:
     """
 
     def __init__(self, shapes: Sequence[tuple[int, ...]], bucket_mb: float, rank: int, seed: int) -> None:
-        groups = [[shapes[i] for i in group] for group in bucket_sizes(shapes, bucket_mb)]
-        sizes = [sum(prod(shape) for shape in group) for group in groups]
-        self.numel = sum(sizes)
-        self.flat = torch.zeros(self.numel)
-        self.buckets = [
-            Bucket(i, i == len(groups) - 1, part, group)
-            for i, (part, group) in enumerate(zip(torch.split(self.flat, sizes), groups, strict=True))
-        ]
-        self._seed = seed
+        self._shapes, self._bucket_mb, self._seed = tuple(shapes), bucket_mb, seed
+        self.numel = sum(prod(shape) for shape in shapes)
+        self._make_buckets()
         same = torch.Generator().manual_seed(seed)
         scales = torch.randn(len(shapes), generator=same).exp().mul(_SCALE).tolist()
         common = (self._heavy_tailed(same), self._heavy_tailed(same))
         own = torch.Generator().manual_seed(seed + 1_000_003 * (rank + 1))
         self._parts = _Parts(common, self._heavy_tailed(own), scales)
+
+    def beside(self, rank: int) -> Workload:
+        """Another worker in the same memory: its noise is this one's, from other places."""
+        other = copy(self)
+        other._seed = self._seed + 40_503 * rank * (self.numel // 65_536 + 1)
+        other._make_buckets()
+        return other
+
+    def _make_buckets(self) -> None:
+        self.flat = torch.zeros(self.numel)
+        self.buckets = cut(self.flat, self._shapes, self._bucket_mb)
 
     def _heavy_tailed(self, generator: torch.Generator) -> Tensor:
         """A normal times a log-normal, of unit variance: kurtosis 3 exp(4 s^2), 39 for s = 0.8."""
@@ -158,10 +177,10 @@ class Workload:
         first, second = self._parts.common
         torch.mul(first, sqrt(CORRELATION) * cos(_TURN * step), out=self.flat)
         self.flat.add_(second, alpha=sqrt(CORRELATION) * sin(_TURN * step))
-        cut = (self._seed + step * 2_654_435_761) % self.numel  # new noise: the old one from another place
+        place = (self._seed + step * 2_654_435_761) % self.numel  # new noise: the old one from another place
         noise, rest = self._parts.noise, sqrt(1 - CORRELATION)
-        self.flat[cut:].add_(noise[: self.numel - cut], alpha=rest)
-        self.flat[:cut].add_(noise[self.numel - cut :], alpha=rest)
+        self.flat[place:].add_(noise[: self.numel - place], alpha=rest)
+        self.flat[:place].add_(noise[self.numel - place :], alpha=rest)
         gradients = (gradient for bucket in self.buckets for gradient in bucket.gradients())
         for gradient, scale in zip(gradients, self._parts.scales, strict=True):
             gradient.mul_(scale)
