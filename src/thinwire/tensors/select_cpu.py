@@ -20,7 +20,89 @@ __all__ = ["BINS", "accumulate", "collect", "emit", "emit_from", "fill", "sample
 
 BINS = 4096
 _MAGNITUDE = np.uint32(0x7FFF_FFFF)
+_LINE = 16  # floats in a cache line
+_AHEAD = 2048  # elements: the processor's own prefetching stops at the end of each page
 _SPREAD = 2654435761  # Knuth's multiplicative hash: samples at a plain stride would meet the period of a layer
+
+
+# --- vectors ----------------------------------------------------------------------------------------------------------
+
+
+def _pointer(context: Any, builder: Any, sig: Any, args: Any, array: int, index: Any, kind: Any) -> Any:
+    data = context.make_array(sig.args[array])(context, builder, args[array]).data
+    return builder.bitcast(builder.gep(data, [index]), kind.as_pointer())
+
+
+def _store(builder: Any, value: Any, pointer: Any, *, past_cache: bool) -> None:
+    """``past_cache``: the processor need not read what it overwrites; the address must be a multiple of 64 bytes."""
+    stored = builder.store(value, pointer, align=64 if past_cache else 4)
+    if past_cache:
+        stored.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(ir.IntType(32), 1)]))
+
+
+def _type_ask(typingctx: Any, array: Any, index: Any) -> Any:
+    """Ask for the cache lines of 64 lanes from ``index`` on, which need not exist, to be read soon."""
+    signature = types.void(array, types.int64)
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        byte, word, long = ir.IntType(8), ir.IntType(32), ir.IntType(64)
+        name = "llvm.prefetch.p0"
+        kind = ir.FunctionType(ir.VoidType(), [byte.as_pointer(), word, word, word])
+        call = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
+        for line in range(0, LANES, _LINE):
+            pointer = _pointer(context, builder, sig, args, 0, builder.add(args[1], long(line)), byte)
+            builder.call(call, [pointer, word(0), word(3), word(1)])  # for reading, into all levels, data
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+def _type_stream(typingctx: Any, source: Any, start: Any, out: Any, at: Any) -> Any:
+    """Copy 64 floats past the cache; ``out[at]`` must lie at a multiple of 64 bytes."""
+    signature = types.void(source, types.int64, out, types.int64)
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        kind = ir.VectorType(ir.FloatType(), LANES)
+        value = builder.load(_pointer(context, builder, sig, args, 0, args[1], kind), align=4)
+        _store(builder, value, _pointer(context, builder, sig, args, 2, args[3], kind), past_cache=True)
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+def _accumulating(past_cache: bool) -> Any:
+    def typed(
+        typingctx: Any, gradient: Any, residual: Any, out: Any, start: Any, scale: Any, keep: Any, limit: Any
+    ) -> Any:
+        signature = types.uint64(gradient, residual, out, types.int64, types.float32, types.float32, types.uint32)
+
+        def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            floats, words = ir.VectorType(ir.FloatType(), LANES), ir.VectorType(ir.IntType(32), LANES)
+
+            def spread(value: Any, kind: Any) -> Any:
+                empty, lane = ir.Constant(kind, ir.Undefined), ir.IntType(32)
+                first = builder.insert_element(empty, value, ir.Constant(lane, 0))
+                return builder.shuffle_vector(first, empty, ir.Constant(ir.VectorType(lane, LANES), [0] * LANES))
+
+            left, right, to = (_pointer(context, builder, sig, args, k, args[3], floats) for k in range(3))
+            # Plain multiply, multiply, add: no flag allows LLVM to fuse them, so the rounding is torch's.
+            first = builder.fmul(spread(args[4], floats), builder.load(left, align=4))
+            second = builder.fmul(spread(args[5], floats), builder.load(right, align=4))
+            total = builder.fadd(first, second)
+            _store(builder, total, to, past_cache=past_cache)
+            magnitude = ir.Constant(words, [int(_MAGNITUDE)] * LANES)
+            keys = builder.and_(builder.bitcast(total, words), magnitude)
+            return builder.bitcast(builder.icmp_unsigned(">=", keys, spread(args[6], words)), ir.IntType(64))
+
+        return signature, codegen
+
+    typed.__doc__ = """``out = scale * gradient + keep * residual``; bit j is set where its key is >= ``limit``."""
+    return intrinsic(typed)
+
+
+_ask: Any = intrinsic(_type_ask)
+_stream: Any = intrinsic(_type_stream)
+_accumulate_lanes, _accumulate_lanes_past_cache = _accumulating(False), _accumulating(True)
 
 
 # --- one pass that collects ------------------------------------------------------------------------------------------
@@ -42,6 +124,7 @@ def collect(bits, offset, limit, indices, keys):
     """Write ``offset`` + position and key of all keys >= ``limit``; returns their count, or -1 if there is no room."""
     n, room, found = bits.shape[0], indices.shape[0], 0
     for start in range(0, n, LANES):
+        _ask(bits, start + _AHEAD)
         lanes = _reaching(bits, start, min(LANES, n - start), limit)
         if lanes != np.uint64(0) and found + LANES > room:
             return -1
@@ -54,56 +137,26 @@ def collect(bits, offset, limit, indices, keys):
     return found
 
 
-@intrinsic
-def _accumulate_lanes(
-    typingctx: Any, gradient: Any, residual: Any, out: Any, start: Any, scale: Any, keep: Any, limit: Any
-) -> Any:
-    """``out = scale * gradient + keep * residual`` in 64 lanes; bit j is set where its key is >= ``limit``."""
-    signature = types.uint64(gradient, residual, out, types.int64, types.float32, types.float32, types.uint32)
-
-    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        floats, words = ir.VectorType(ir.FloatType(), LANES), ir.VectorType(ir.IntType(32), LANES)
-
-        def pointer(k: int) -> Any:
-            data = context.make_array(sig.args[k])(context, builder, args[k]).data
-            return builder.bitcast(builder.gep(data, [args[3]]), floats.as_pointer())
-
-        def spread(value: Any, kind: Any) -> Any:
-            empty, lane = ir.Constant(kind, ir.Undefined), ir.IntType(32)
-            first = builder.insert_element(empty, value, ir.Constant(lane, 0))
-            return builder.shuffle_vector(first, empty, ir.Constant(ir.VectorType(lane, LANES), [0] * LANES))
-
-        # Plain multiply, multiply, add: no flag allows LLVM to fuse them, so the rounding is torch's.
-        left = builder.fmul(spread(args[4], floats), builder.load(pointer(0), align=4))
-        right = builder.fmul(spread(args[5], floats), builder.load(pointer(1), align=4))
-        total = builder.fadd(left, right)
-        builder.store(total, pointer(2), align=4)
-        magnitude = ir.Constant(words, [int(_MAGNITUDE)] * LANES)
-        keys = builder.and_(builder.bitcast(total, words), magnitude)
-        return builder.bitcast(builder.icmp_unsigned(">=", keys, spread(args[6], words)), ir.IntType(64))
-
-    return signature, codegen
-
-
 @njit(nogil=True, cache=True)
-def _accumulate(gradient, residual, out, bits, start, count, scale, keep, limit):
-    if count == LANES:
-        return _accumulate_lanes(gradient, residual, out, start, scale, keep, limit)
-    for i in range(start, start + count):
-        out[i] = scale * gradient[i] + keep * residual[i]
-    return _reaching(bits, start, count, limit)
+def accumulate(gradient, residual, out, bits, offset, scale, keep, limit, past_cache, indices, keys, sums):
+    """:func:`collect` of ``scale * gradient + keep * residual``, written to ``out``; ``bits`` and ``sums`` are views.
 
-
-@njit(nogil=True, cache=True)
-def accumulate(gradient, residual, out, bits, offset, scale, keep, limit, indices, keys):
-    """:func:`collect` of ``scale * gradient + keep * residual``, written to ``out``, of which ``bits`` is a view.
-
-    Without room the sum is finished all the same.
+    ``past_cache`` needs ``out`` to be apart from the others and at a multiple of 64 bytes. Without room the sum is
+    finished all the same.
     """
     n, room, found = out.shape[0], indices.shape[0], 0
     full = False
     for start in range(0, n, LANES):
-        lanes = _accumulate(gradient, residual, out, bits, start, min(LANES, n - start), scale, keep, limit)
+        _ask(gradient, start + _AHEAD)
+        _ask(residual, start + _AHEAD)
+        if n - start < LANES:
+            for i in range(start, n):
+                out[i] = scale * gradient[i] + keep * residual[i]
+            lanes = _reaching(bits, start, n - start, limit)
+        elif past_cache:
+            lanes = _accumulate_lanes_past_cache(gradient, residual, out, start, scale, keep, limit)
+        else:
+            lanes = _accumulate_lanes(gradient, residual, out, start, scale, keep, limit)
         if lanes != np.uint64(0) and found + LANES > room:
             full = True
         if full:
@@ -112,8 +165,13 @@ def accumulate(gradient, residual, out, bits, offset, scale, keep, limit, indice
             i = start + trailing_zeros(lanes)
             lanes &= lanes - np.uint64(1)
             indices[found] = offset + i
-            keys[found] = bits[i] & _MAGNITUDE
+            if past_cache:  # reading it back from memory would be slow
+                sums[found] = scale * gradient[i] + keep * residual[i]
+            else:
+                sums[found] = out[i]
             found += 1
+    for j in range(found):
+        keys[j] &= _MAGNITUDE
     return -1 if full else found
 
 
@@ -194,21 +252,29 @@ def emit_from(indices, keys, key, ties, out):
 
 
 @njit(nogil=True, cache=True)
-def fill(out, offset, indices, values):
-    """Zero ``out`` and write ``values`` at ``indices - offset``, block by block, while the block is in cache.
+def fill(out, offset, indices, values, aligned):
+    """Zero ``out`` and write ``values`` at ``indices - offset``.
 
-    Returns how many were written: less than all if the indices do not increase strictly within ``out``.
+    A block is made up in cache, then copied past it if ``out`` is ``aligned`` to 64 bytes. Returns how many were
+    written: less than all if the indices do not increase strictly within ``out``.
     """
     n, m, j, before = out.shape[0], indices.shape[0], 0, -1
+    block = np.zeros(BINS, np.float32)
     for start in range(0, n, BINS):
-        stop = min(start + BINS, n)
-        for i in range(start, stop):
-            out[i] = np.float32(0)
+        stop, first = min(start + BINS, n), j
         while j < m:
             i = np.int64(indices[j]) - offset
             if i <= before or i >= stop:
                 break
-            out[i] = values[j]
+            block[i - start] = values[j]
             before = i
             j += 1
+        if aligned and stop - start == BINS:
+            for i in range(0, BINS, LANES):
+                _stream(block, i, out, start + i)
+        else:
+            for i in range(start, stop):
+                out[i] = block[i - start]
+        for written in range(first, j):
+            block[np.int64(indices[written]) - offset - start] = np.float32(0)
     return j

@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from thinwire.tensors.select_bound import INFINITY, LARGEST, rank_in_sample, room_for
 from thinwire.tensors.select_cpu import BINS, accumulate, collect, emit, emit_from, fill, sample, sample_sum, tally
+from thinwire.wire.vector import LANES
 
 __all__ = ["accumulate_top_k", "at_least", "fill_sparse", "top_k"]
 
@@ -42,6 +43,10 @@ _STRIPE_MIN = 1 << 18  # elements for which another thread is worth its start
 _SMALL = 1 << 14  # elements up to which histograms are as fast as a sample
 _SAMPLE_MAX = 1 << 16
 _SLACK = 0.9  # of a hint: a threshold that fell by up to a tenth still costs a single pass
+
+
+def _aligned(out: Floats) -> bool:
+    return out.ctypes.data % 64 == 0
 
 
 def _key(value: float) -> int:
@@ -68,7 +73,7 @@ class _Team:
 @contextmanager
 def _team(numel: int, threads: int) -> Iterator[_Team]:
     count = max(1, min(threads, numel // _STRIPE_MIN))
-    edges = [numel * s // count for s in range(count + 1)]
+    edges = [*(numel * s // count // LANES * LANES for s in range(count)), numel]
     bounds = list(pairwise(edges))
     if count == 1:
         yield _Team(bounds, None)
@@ -261,6 +266,7 @@ def accumulate_top_k(
 ) -> Selected:
     """``out = scale * gradient + keep * residual`` and :func:`top_k` of ``out``, in the same pass."""
     times, plus, bits = np.float32(scale), np.float32(keep), out.view(np.uint32)
+    past_cache = _aligned(out) and out.ctypes.data not in (gradient.ctypes.data, residual.ctypes.data)
     with _team(out.size, threads) as team:
         left, right, total, words = team.cut(gradient), team.cut(residual), team.cut(out), team.cut(bits)
         limit, room = _from_hint(hint, k) if k else (0, 0)
@@ -270,8 +276,10 @@ def accumulate_top_k(
             limit, room = _bound(sums.view(np.uint32) & np.uint32(LARGEST), out.size, k)
 
         def add(s: int, limit: np.uint32, indices: Indices, keys: Keys) -> int:
-            start = team.bounds[s][0]
-            found = accumulate(left[s], right[s], total[s], words[s], start, times, plus, limit, indices, keys)
+            found = accumulate(
+                left[s], right[s], total[s], words[s], team.bounds[s][0], times, plus, limit, past_cache,
+                indices, keys, keys.view(np.float32),
+            )  # fmt: skip
             return int(found)
 
         found = _gather(team, add, limit or INFINITY, room)
@@ -302,6 +310,6 @@ def fill_sparse(out: Floats, indices: Indices, values: Floats, *, threads: int) 
 
         def work(s: int) -> int:
             chosen = slice(edges[s], edges[s + 1])
-            return int(fill(parts[s], team.bounds[s][0], indices[chosen], values[chosen]))
+            return int(fill(parts[s], team.bounds[s][0], indices[chosen], values[chosen], _aligned(out)))
 
         return sum(team.each(work)) == indices.size
