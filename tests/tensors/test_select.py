@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from math import inf, isnan, nan
 
 import pytest
@@ -16,6 +17,14 @@ from thinwire.tensors.select import Selection, accumulate_top_k, at_least, fill_
 KINDS = ("normal", "heavy", "ties", "equal", "zeros", "denormal", "hostile", "rising", "signed zeros")
 HINTS = (None, 0.0, -0.0, -1.0, nan, inf, 1e-300, 1e300, 1e-42, 1.0)
 LARGE = select_stripes._SMALL * 40  # elements with which samples, stripes and threads come into play
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _short_stripes() -> Iterator[None]:
+    """Several threads even for what one would do at once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(select_stripes, "_STRIPE_MIN", 1 << 16)
+        yield
 
 
 def values(kind: str, numel: int, seed: int) -> torch.Tensor:

@@ -179,19 +179,25 @@ def accumulate(gradient, residual, out, bits, offset, scale, keep, limit, past_c
 
 
 @njit(nogil=True, cache=True)
-def sample(bits, keys):
-    """One key from each of ``keys.size`` equal runs of ``bits``, at places that only depend on the sizes."""
-    n, size = bits.shape[0], keys.shape[0]
-    for j in range(size):
-        keys[j] = bits[j * n // size + ((j * _SPREAD) >> 7) % (n // size)] & _MAGNITUDE
+def _place(j, n, log):
+    run, within = (j * n) >> log, (j * _SPREAD) & 0xFFFF_FFFF  # divisions would take longer than the cache misses
+    return run + ((within * (n >> log)) >> 32)
 
 
 @njit(nogil=True, cache=True)
-def sample_sum(gradient, residual, scale, keep, sums):
+def sample(bits, log, keys):
+    """One key from each of ``2 ** log`` runs of ``bits``, at places that depend on the sizes."""
+    n = bits.shape[0]
+    for j in range(keys.shape[0]):
+        keys[j] = bits[_place(j, n, log)] & _MAGNITUDE
+
+
+@njit(nogil=True, cache=True)
+def sample_sum(gradient, residual, scale, keep, log, sums):
     """:func:`sample` of ``scale * gradient + keep * residual``, as floats."""
-    n, size = gradient.shape[0], sums.shape[0]
-    for j in range(size):
-        i = j * n // size + ((j * _SPREAD) >> 7) % (n // size)
+    n = gradient.shape[0]
+    for j in range(sums.shape[0]):
+        i = _place(j, n, log)
         sums[j] = scale * gradient[i] + keep * residual[i]
 
 

@@ -39,9 +39,9 @@ class Selected:
     finite: bool
 
 
-_STRIPE_MIN = 1 << 18  # elements for which another thread is worth its start
+_STRIPE_MIN = 1 << 21  # elements for which another thread is worth its start
 _SMALL = 1 << 14  # elements up to which histograms are as fast as a sample
-_SAMPLE_MAX = 1 << 16
+_SAMPLE_LOG_MAX = 16
 _SLACK = 0.9  # of a hint: a threshold that fell by up to a tenth still costs a single pass
 
 
@@ -184,8 +184,8 @@ def _gather(team: _Team, run: Pass, limit: int, room: int) -> _Candidates | None
     return _Candidates([part[0] for part in whole], [part[1] for part in whole], limit)
 
 
-def _sample_size(numel: int) -> int:
-    return min(_SAMPLE_MAX, numel >> 7)
+def _sample_log(numel: int) -> int:
+    return min(_SAMPLE_LOG_MAX, (numel >> 7).bit_length() - 1)
 
 
 def _bound(keys: Keys, numel: int, k: int) -> tuple[int, int]:
@@ -227,8 +227,9 @@ def _by_histogram(team: _Team, bits: Keys, k: int) -> Selected:
 def _from_sample(team: _Team, bits: Keys, k: int) -> Selected:
     """One pass if the values are any ordinary ones."""
     if bits.size > _SMALL:
-        keys = np.empty(_sample_size(bits.size), np.uint32)
-        sample(bits, keys)
+        log = _sample_log(bits.size)
+        keys = np.empty(1 << log, np.uint32)
+        sample(bits, log, keys)
         limit, room = _bound(keys, bits.size, k)
         found = _gather(team, _reading(team, bits), limit, room) if limit else None
         if found is not None and found.count >= k:
@@ -271,8 +272,9 @@ def accumulate_top_k(
         left, right, total, words = team.cut(gradient), team.cut(residual), team.cut(out), team.cut(bits)
         limit, room = _from_hint(hint, k) if k else (0, 0)
         if not limit and k and out.size > _SMALL:
-            sums = np.empty(_sample_size(out.size), np.float32)
-            sample_sum(gradient, residual, times, plus, sums)
+            log = _sample_log(out.size)
+            sums = np.empty(1 << log, np.float32)
+            sample_sum(gradient, residual, times, plus, log, sums)
             limit, room = _bound(sums.view(np.uint32) & np.uint32(LARGEST), out.size, k)
 
         def add(s: int, limit: np.uint32, indices: Indices, keys: Keys) -> int:
