@@ -80,11 +80,11 @@ def test_ranks_talk_over_loopback_and_deliver() -> None:
         "dist.all_reduce(x)\n"
         "print('sum', x[0].item())\n"
         "dist.destroy_process_group()\n"
-        "deliver({'rank': rank, 'sum': x.tolist(), 'arguments': sys.argv[1:]})\n"
+        "deliver({'rank': rank, 'sum': x.tolist(), 'given': [*sys.argv[1:], os.environ['EXTRA']]})\n"
     )
     said: list[str] = []
-    results = launch(module, ["a", "b"], ranks=2, report=said.append)
-    assert results == [{"rank": rank, "sum": [3.0] * 3, "arguments": ["a", "b"]} for rank in range(2)]
+    results = launch(module, ["a", "b"], ranks=2, env={"EXTRA": "c"}, report=said.append)
+    assert results == [{"rank": rank, "sum": [3.0] * 3, "given": ["a", "b", "c"]} for rank in range(2)]
     assert "sum 3.0" in said
 
 

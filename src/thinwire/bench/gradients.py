@@ -56,6 +56,7 @@ def run_gradients(
         results = launch(
             "thinwire.bench.gradients_worker", [options.dumps()],
             ranks=workers, network=line, timeout_s=timeout_s, report=report,
+            env={"CUDA_VISIBLE_DEVICES": ""},  # PyTorch's PowerSGD hook takes CPU tensors for CUDA's where there is any
         )  # fmt: skip
     common = {
         "bench": "gradients",

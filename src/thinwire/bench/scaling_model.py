@@ -2,12 +2,13 @@
 
 Seconds of one exchange (Hockney 1994, with the work on the processor added)::
 
-    alpha * messages + beta * bytes + share * (element * n + entry * entries)
+    beta * bytes + share * (alpha * messages + element * n + entry * entries)
 
-``messages`` are those that a rank sends one after the other, ``bytes`` what it receives, ``n`` the elements and
-``entries`` the index-value pairs it handles. All are arithmetic; the coefficients are fitted, each at least zero:
-``alpha`` and ``beta`` of the network, ``element`` one each for fp32, fp16 and sparse methods, ``entry`` of sparse ones.
-``share`` is how many ranks share a core: P / cores where all are measured on one machine, 1 on hosts of their own.
+``messages`` are those that a rank sends, ``bytes`` what it receives, ``n`` the elements and ``entries`` the
+index-value pairs it handles. All are arithmetic; the coefficients are fitted, each at least zero: ``beta`` is the
+line's, ``alpha`` a message's, ``element`` one each of fp32, fp16 and sparse methods, ``entry`` of sparse ones.
+``share`` is how many ranks share a core: P / cores where all are measured on one machine, 1 on hosts of their own. It
+stands before alpha, too: between namespaces, a message's latency is the work of handling it.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def _features(method: str, workers: int, setting: Setting, share: float) -> list
     received = METHODS[method].theory(workers, setting.buckets, setting.density)
     entries = {"allgather": workers * k, "split": 3 * k, "shared": 2 * k}.get(method, 0)
     elements = [share * numel if mine else 0.0 for mine in (method == "fp32", method == "fp16", method in _SPARSE)]
-    return [messages, received, *elements, share * entries]
+    return [share * messages, received, *elements, share * entries]
 
 
 @dataclass(frozen=True, slots=True)

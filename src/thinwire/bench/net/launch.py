@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,14 +96,15 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _start(module: str, arguments: Sequence[str], ranks: int, network: SlowNetwork | None, folder: Path) -> list[_Rank]:
-    command = [sys.executable, "-m", module, *arguments]
+def _start(
+    command: Sequence[str], ranks: int, network: SlowNetwork | None, extra: Mapping[str, str], folder: Path
+) -> list[_Rank]:
     port = _PORT if network else _free_port()  # hosts of a slow network have all their ports to themselves
     started: list[_Rank] = []
     try:
         for rank in range(ranks):
             output, result = folder / f"rank-{rank}.txt", folder / f"rank-{rank}.json"
-            env = rank_environment(rank, ranks, network, port) | {_RESULT: str(result)}
+            env = rank_environment(rank, ranks, network, port) | {**extra, _RESULT: str(result)}
             with output.open("wb") as out:
                 how: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": out}
                 if network:
@@ -159,13 +160,15 @@ def launch(
     *,
     ranks: int,
     network: SlowNetwork | None = None,
+    env: Mapping[str, str] | None = None,
     timeout_s: float = 600.0,
     report: Callable[[str], None] = lambda _: None,
 ) -> list[Any]:
     """Run ``python -m module arguments`` once a rank; what each delivered, by rank.
 
-    Rank ``i`` runs on host ``i`` of ``network``, or all on loopback without one. ``report`` is given the lines that
-    rank 0 prints, as they come. No process is left behind, whatever happens.
+    Rank ``i`` runs on host ``i`` of ``network``, or all on loopback without one. ``env`` is added to the environment
+    of :func:`rank_environment`. ``report`` is given the lines that rank 0 prints, as they come. No process is left
+    behind, whatever happens.
 
     Raises:
         MisuseError: The network has fewer hosts than there are ranks.
@@ -174,7 +177,7 @@ def launch(
     if ranks < 1 or (network is not None and network.hosts < ranks):
         raise MisuseError(f"{ranks} ranks on {network.hosts if network else 'no'} hosts; give one host a rank")
     with tempfile.TemporaryDirectory(prefix="thinwire-ranks-") as folder:
-        started = _start(module, arguments, ranks, network, Path(folder))
+        started = _start([sys.executable, "-m", module, *arguments], ranks, network, env or {}, Path(folder))
         try:
             _wait(started, timeout_s, report)
             for rank in started:
