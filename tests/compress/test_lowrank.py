@@ -162,6 +162,7 @@ def header(*shapes: tuple[int, int], count: int | None = None) -> torch.Tensor:
     "data",
     [
         header((-1, -600)),
+        torch.cat([header((-1, -100), (500, 1)), torch.zeros(4 * (500 - 2 * 101), dtype=torch.uint8)]),
         header((600, 0), (600, 1)),
         header((2**31 - 1, 2**31 - 1)),
         header((2**16, 2**16), (600, 1)),

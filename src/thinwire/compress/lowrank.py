@@ -110,8 +110,7 @@ class LowRank(Compressor):
         """The projections with their columns made orthonormal, whatever their rank; the dense values as they are."""
         result = stack.clone()
         for p in self._plan(state).cut_stack(result)[0]:
-            # Squares of very small or large columns would leave the range of float32.
-            basis, triangle = torch.linalg.qr(p / _largest(p))
+            basis, triangle = torch.linalg.qr(p)
             p.copy_(torch.where(triangle.diagonal() < 0, -basis, basis))  # LAPACK leaves the signs open
         return result
 
@@ -140,7 +139,8 @@ class LowRank(Compressor):
         plan = self._plan(state)
         result = q.clone()
         for new, old in zip(plan.cut_q(result), plan.cut_q(state["q"]), strict=True):
-            new.div_(_largest(new))
+            largest = new.abs().amax(0)
+            new.div_(torch.where(largest > 0, largest, 1.0))  # or squares would leave the range of float32
             length = new.norm(dim=0)
             new.copy_(torch.where(length.isfinite() & (length > 0), new / length, old))
         return {**state, "q": result}
@@ -211,12 +211,6 @@ class _Plan:
 
 def _split(stack: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
     return torch.split_with_sizes(stack, sizes) if sizes else ()
-
-
-def _largest(columns: Tensor) -> Tensor:
-    """The largest magnitude of each column, 1 for a column of zeros."""
-    largest = columns.abs().amax(0)
-    return torch.where(largest > 0, largest, 1.0)
 
 
 def _read_shapes(packet: Packet) -> tuple[tuple[int, int], ...]:

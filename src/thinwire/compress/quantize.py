@@ -34,7 +34,7 @@ from thinwire.compress.base import Compressor, Layout, Packet, State, check_pack
 from thinwire.compress.values import ValueCodec
 from thinwire.errors import MalformedError, MisuseError
 
-__all__ = ["QSGD", "Float8", "Int4", "Int8", "Quantize", "Sign"]
+__all__ = ["QSGD", "Float8", "Int4", "Int8", "Quantize", "Sign", "mixed_seed"]
 
 FLOAT32_MAX = torch.finfo(torch.float32).max
 FLOAT8_MAX = torch.finfo(torch.float8_e4m3fn).max
@@ -67,7 +67,7 @@ class _Blockwise(ValueCodec):
         count, device, block = values.numel(), values.device, self.block
         symbols = torch.empty(count, dtype=torch.uint8, device=device)
         scales = torch.empty(_blocks(count, block), dtype=torch.float32, device=device)
-        generator = torch.Generator(device).manual_seed(_mixed(seed))
+        generator = torch.Generator(device).manual_seed(mixed_seed(seed))
         whole = count // block
         step = max(1, CHUNK // block) if device.type == "cpu" else max(1, whole)
         for first in range(0, whole, step):
@@ -349,7 +349,7 @@ def _look_up(data: Tensor, count: int, table: Tensor) -> Tensor:
     return values
 
 
-def _mixed(seed: int) -> int:
+def mixed_seed(seed: int) -> int:
     """All 64 bits of a seed in 32 (the finaliser of SplitMix64; Steele et al. 2014): the generator of a CPU ignores
     the upper half, in which callers put the rank."""
     word = (seed + 0x9E3779B97F4A7C15) % 2**64
