@@ -160,3 +160,17 @@ def test_the_command_reads_numbers_and_skips_without_root(monkeypatch: pytest.Mo
     assert "skipped: it needs root" in done.stdout
     for wrong in ("2;4", "0", "65"):
         assert isinstance(CliRunner().invoke(app, ["scaling", "--measured", wrong]).exception, MisuseError)
+
+
+@pytest.mark.net
+@pytest.mark.skipif(SlowNetwork.why_not() is not None, reason=f"no slow network here: {SlowNetwork.why_not()}")
+def test_a_small_run_measures_simulates_and_validates() -> None:
+    options = ScalingOptions("1gbit", (1, 2, 3), (4,), (1, 2, 3, 4), density=0.05, repeats=1, width=6)
+    rows = run_scaling(options)
+    (model,) = (row for row in rows if row["kind"] == "model")
+    assert model["held_out_workers"] == 3
+    measured = [row for row in rows if row["kind"] == "measured"]
+    assert {row["workers"] for row in measured} == {1, 2, 3, 4}
+    assert all(row["share_received"] < 0.01 for row in measured if row["workers"] == 1)
+    for error in model["bytes_errors"].values():
+        assert -0.4 < error < 0.05  # small messages: headers and acknowledgements weigh

@@ -32,8 +32,8 @@ class Compressed(Exchange):
     def residual(self) -> Tensor | None:
         """Parameters are numbered in the order in which the buckets show them, which is that of the flat update."""
         parameters = self._exchange.state_dict()["parameters"]
-        kept = [parameters[f"#{i}"].get("residual") for i in range(len(parameters))]
-        return torch.cat([part.view(-1) for part in kept if part is not None]) if kept[0] is not None else None
+        kept = [parameters[f"#{i}"]["residual"].view(-1) for i in range(len(parameters))]
+        return torch.cat(kept) if kept else None  # a single rank keeps nothing back
 
     def received_bytes(self) -> int | None:
         return self._exchange.traffic.received_bytes
