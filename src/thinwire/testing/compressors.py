@@ -38,7 +38,7 @@ __all__ = ["Claims", "CompressorContract", "ValueCodecContract", "same", "update
 
 LAYOUT = Layout(((24, 10), (24,), (6, 5, 4), (), (7, 1)))
 
-_quick = settings(max_examples=15, suppress_health_check=[HealthCheck.too_slow])
+_quick = settings(max_examples=10, suppress_health_check=[HealthCheck.too_slow])
 
 
 @dataclass(frozen=True)
@@ -293,7 +293,7 @@ class CompressorContract:
             pytest.skip("no contraction is claimed")
         kept = 1 - claims.contraction
 
-        @settings(_quick, max_examples=40)
+        @settings(_quick, max_examples=25)
         @given(updates(layout.numel))
         def law(update: Tensor) -> None:
             packet, _ = compressor.encode(update.to(device), compressor.init(layout, device))
@@ -351,7 +351,7 @@ class CompressorContract:
             st.integers(0, size - 1) | st.integers(0, min(size - 1, 40)), st.integers(1, 255), min_size=1
         )
 
-        @settings(_quick, max_examples=40)
+        @settings(_quick, max_examples=25)
         @given(flips)
         def flipped(changes: dict[int, int]) -> None:
             data = packet.data.cpu().clone()
@@ -359,7 +359,7 @@ class CompressorContract:
                 data[position] ^= mask
             _decode_or_refuse(compressor, Packet(packet.numel, data.to(device)))
 
-        @settings(_quick, max_examples=40)
+        @settings(_quick, max_examples=25)
         @given(st.binary(min_size=size, max_size=size) | st.binary(max_size=64))
         def garbage(data: bytes) -> None:
             _decode_or_refuse(compressor, Packet(packet.numel, torch.tensor(list(data), dtype=torch.uint8).to(device)))
@@ -424,7 +424,7 @@ class ValueCodecContract:
             pytest.skip("no contraction is claimed")
         kept = 1 - claims.contraction
 
-        @settings(_quick, max_examples=40)
+        @settings(_quick, max_examples=25)
         @given(st.integers(0, 1000).flatmap(updates))
         def law(values: Tensor) -> None:
             decoded = codec.decode(codec.encode(values.to(device), seed=0), values.numel()).cpu()
@@ -464,7 +464,7 @@ class ValueCodecContract:
             codec.decode(torch.zeros(codec.size(8), device=device), 8)
 
     def test_any_bytes_decode_or_are_refused(self, codec: ValueCodec, device: str) -> None:
-        @settings(_quick, max_examples=40)
+        @settings(_quick, max_examples=25)
         @given(st.integers(0, 600), st.integers(0, 2**32 - 1))
         def law(count: int, seed: int) -> None:
             generator = torch.Generator().manual_seed(seed)
