@@ -203,10 +203,14 @@ def test_a_line_limits_what_passes_and_counts_it() -> None:
 
 @pytest.mark.net
 @needs_network
-def test_a_host_knows_no_way_out() -> None:
-    with SlowNetwork(3) as network:
-        routes = network.run(0, ["ip", "-j", "route"], stdout=subprocess.PIPE)
-        assert [route["dst"] for route in json.loads(routes.communicate(timeout=20)[0])] == ["10.77.0.0/24"]
+def test_a_host_knows_its_neighbours_and_no_way_out() -> None:
+    def asked(network: SlowNetwork, what: str) -> list[dict]:
+        return json.loads(network.run(0, ["ip", "-j", what], stdout=subprocess.PIPE).communicate(timeout=20)[0])
+
+    with SlowNetwork(40) as network:
+        assert [route["dst"] for route in asked(network, "route")] == ["10.77.0.0/24"]
+        found = [n["dst"] for n in asked(network, "neigh") if n["state"] == ["PERMANENT"]]
+        assert sorted(found) == sorted(network.address(host) for host in range(1, 40))
 
 
 @pytest.mark.net
