@@ -5,8 +5,8 @@ the last meeting (the *pseudo-gradient*) is averaged through a
 :class:`~thinwire.integrations.ddp.CompressedAllReduce`, and an outer SGD with Nesterov momentum moves the common
 *anchor*, from which all ranks go on.
 
-    exchange = CompressedAllReduce(ErrorFeedback(TopK(density=0.01)))
-    outer = LocalSteps(model, optimizer, exchange, every=50)
+    exchange = CompressedAllReduce(ErrorFeedback(TopK(density=0.05)))
+    outer = LocalSteps(model, optimizer, exchange, every=50, outer_lr=1.0, outer_momentum=0.0)
     for batch in batches:
         loss(model, batch).backward()
         optimizer.step()
@@ -84,8 +84,12 @@ class LocalSteps:
     ``anchor + mean of residuals`` moves by exactly the mean of all ranks' movements, to rounding.
 
     With ``every=1, outer_lr=1, outer_momentum=0`` this sends *updates* in place of gradients: each rank's optimiser
-    proposes a step from its own gradient, and the compressed mean of the proposals is applied. That is the way to
-    compress under Adam and its kin, whose running mean of squares a sparse gradient spoils.
+    proposes a step from its own gradient, and the compressed mean of the proposals is applied. On iid shards that is
+    the way to compress under Adam and its kin, whose running mean of squares a sparse gradient spoils. It is not where
+    ranks see different labels: each Adam then normalises its own gradient, which costs more than compression does.
+
+    The defaults are DiLoCo's, for ``Quantize`` or no compressor. What error feedback holds back comes later, in bursts
+    that a strong outer momentum repeats: below a density of about 10 % use ``outer_lr=1, outer_momentum=0``.
 
     Args:
         model: its parameters that require a gradient now take part, tied ones once; frozen ones never move and are not
@@ -95,8 +99,8 @@ class LocalSteps:
         optimizer: the inner one, of any kind. Its state never leaves this rank.
         exchange: made without ``scaler`` and ``optimizer``: movements are in true units and hold the rate already.
         every: inner steps between two outer ones.
-        outer_lr, outer_momentum, nesterov: as in ``torch.optim.SGD``; the defaults are the paper's. The attribute
-            :attr:`outer_lr` may be set between steps, alike on all ranks.
+        outer_lr, outer_momentum, nesterov: as in ``torch.optim.SGD``. The attribute :attr:`outer_lr` may be set between
+            steps, alike on all ranks.
         chunk_numel: elements exchanged at once, which bounds the extra memory; a larger parameter goes alone. Results
             of compressors that let parameters compete depend on it.
 
