@@ -56,7 +56,6 @@ def test_tensorboard_gets_the_numbers(tmp_path: Path) -> None:
     assert [(x.step, x.value) for x in events.Scalars("step/loss")] == [(1, 1.0), (2, 0.5)]
 
 
-@pytest.mark.slow
 def test_wandb_keeps_an_offline_run(tmp_path: Path) -> None:
     code = (
         "from pathlib import Path; from thinwire.lab.runlog import open_log\n"

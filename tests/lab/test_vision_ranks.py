@@ -92,6 +92,10 @@ def test_a_density_of_one_is_the_dense_mean(ranks: list[dict[str, Any]]) -> None
     assert ranks[0]["all sent"]["losses"] == pytest.approx(ranks[0]["dense"]["losses"], rel=1e-4)
 
 
+def test_scaled_losses_of_half_precision_leave_the_residuals_in_true_units(ranks: list[dict[str, Any]]) -> None:
+    assert ranks[0]["scaled"]["losses"] == pytest.approx(ranks[0]["topk short"]["losses"], rel=0.02)
+
+
 def test_a_batch_in_parts_is_the_batch_and_is_exchanged_once(ranks: list[dict[str, Any]]) -> None:
     whole, parts = ranks[0]["whole"], ranks[0]["in parts"]
     assert parts["losses"] == pytest.approx(whole["losses"], rel=1e-4)

@@ -208,6 +208,7 @@ def test_every_name_stands_for_a_compressor_of_its_own() -> None:
 
 
 @pytest.mark.data
+@pytest.mark.timeout(1800)
 def test_one_epoch_of_mnist_is_more_than_97_per_cent() -> None:
     if "THINWIRE_DATA" not in os.environ:
         pytest.skip("THINWIRE_DATA is not set")

@@ -51,6 +51,7 @@ def run(folder: Path) -> dict[str, Any]:
         found[name + " short"] = facts(train(replace(short, compress=name, density=0.1)))
     found["all sent"] = facts(train(replace(short, compress="topk", density=1.0, mode="gather", clip_norm=0.5)))
     found["dense"] = facts(train(replace(short, clip_norm=0.5)))
+    found["scaled"] = facts(train(replace(short, compress="topk", density=0.1, precision="float16")))
     found["whole"] = facts(train(replace(short, dropout=0.0)))
     found["in parts"] = facts(train(replace(short, dropout=0.0, accumulate=4)))
     try:
