@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, astuple
@@ -67,7 +68,10 @@ def _reproducible(config: VisionConfig, workers: Workers) -> Iterator[None]:
     with (
         torch.random.fork_rng(devices=[workers.device] if cuda else []),
         torch.backends.cudnn.flags(enabled=True, benchmark=fast, deterministic=config.deterministic),
+        warnings.catch_warnings(),
     ):
+        # Of 1 x 1 filters some kernels give gradients whose strides differ where they cannot matter.
+        warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
         torch.manual_seed(config.seed)
         yield
 
