@@ -354,7 +354,7 @@ def test_a_mean_that_overflows_is_left_out_on_all_ranks() -> None:
         with torch.no_grad():
             model.weight[0, 0], model.bias[0] = 3e38, 1.0
         outer.step()
-        return outer.skipped, [*model.weight[0].tolist(), float(model.bias)]
+        return outer.skipped, [*model.weight[0].tolist(), model.bias.item()]
 
     assert together(2, work) == [(1, [0.0, 0.0, 1.0])] * 2
 

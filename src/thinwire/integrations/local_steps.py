@@ -69,6 +69,11 @@ class _Chunk:
             piece.sub_(parameter)
         return moved
 
+    def finite(self) -> bool:
+        """Whether all parameters are; the device is waited for once, not once a parameter."""
+        sums = [local(parameter).sum(dtype=torch.float32) for parameter in self.parameters]
+        return all_finite(torch.stack(sums)) or all(all_finite(local(parameter)) for parameter in self.parameters)
+
     def to_anchor(self) -> None:
         for parameter, piece in self.pieces(self.anchor):
             parameter.copy_(piece)
@@ -188,10 +193,10 @@ class LocalSteps:
     def outer_step(self) -> None:
         """Ends the round now; for the end of training, or before a checkpoint. All ranks must call it."""
         self.inner_steps = 0
-        healthy = [all_finite(local(p)) for chunk in self._chunks for p in chunk.parameters]
-        if not all(sizes_of(self._wire.group, int(all(healthy)))):
+        healthy = all(chunk.finite() for chunk in self._chunks)
+        if not all(sizes_of(self._wire.group, int(healthy))):
             self.skipped += 1
-            if not all(healthy):
+            if not healthy:
                 self._forget()
         else:
             complete = [self._reduce(chunk) for chunk in self._chunks]
