@@ -213,20 +213,28 @@ def scaling(
     as_json: Annotated[bool, typer.Option("--json", help="Print rows of JSON.")] = False,
     out: Annotated[Path | None, typer.Option(help="Write the rows to this file.")] = None,
     figures: Annotated[Path | None, typer.Option(help="Draw gradients-scaling.png into this folder.")] = None,
+    again: Annotated[Path | None, typer.Option(help="Measure nothing: simulate anew from rows in this file.")] = None,
 ) -> None:
     """Gradient exchange from 1 to 64 workers: measured, then simulated by a model held against held-out points."""
     from thinwire.bench.measure import write_rows
-    from thinwire.bench.scaling import ScalingOptions, run_scaling, scaling_table
+    from thinwire.bench.scaling import ScalingOptions, run_scaling, scaling_table, simulate
     from thinwire.bench.scaling_figure import scaling_figure
 
     console = _console(as_json)
     options = ScalingOptions(
         rate, _numbers(measured), _numbers(bytes_only), _numbers(simulated), density, repeats, width=width, seed=seed
     )
-    if not _has_slow_network(console):
+    if again is None and not _has_slow_network(console):
         return
     with console.status("starting the ranks") as status:
-        rows = run_scaling(options, report=lambda text: status.update(f"scaling: {text}"))
+
+        def report(text: str) -> None:
+            status.update(f"scaling: {text}")
+
+        if again is None:
+            rows = run_scaling(options, report)
+        else:
+            rows = simulate([json.loads(line) for line in again.read_text().splitlines()], options.simulated, report)
     console.print(scaling_table(rows))
     if figures is not None:
         scaling_figure(rows, figures / "gradients-scaling.png")

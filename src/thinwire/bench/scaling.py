@@ -9,8 +9,9 @@ the real algorithm runs between threads (:mod:`thinwire.bench.scaling_bytes`), a
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from math import prod
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 from rich.table import Table
 
 from thinwire.bench.gradients import run_gradients
-from thinwire.bench.gradients_exchange import FLOAT
+from thinwire.bench.gradients_exchange import FLOAT, numel_of
 from thinwire.bench.gradients_methods import METHODS
 from thinwire.bench.gradients_ours import Mode
 from thinwire.bench.gradients_worker import GradientOptions
@@ -28,12 +29,12 @@ from thinwire.bench.scaling_bytes import bytes_in_memory
 from thinwire.bench.scaling_model import SIMULATED, Model, Point, Setting, fit
 from thinwire.errors import MisuseError
 
-__all__ = ["ScalingOptions", "run_scaling", "scaling_table"]
+__all__ = ["ScalingOptions", "run_scaling", "scaling_table", "simulate"]
 
 Row = dict[str, Any]
 Report = Callable[[str], None]
 
-_SPARSE: tuple[Mode, ...] = ("split", "shared")
+_BETWEEN_THREADS: dict[str, Mode] = {"split": "split", "shared": "shared"}
 _MEMORY_WIDTH = 32  # of ResNet-50's first layer, where 16 or more workers are to fit in one machine's memory
 
 
@@ -60,31 +61,48 @@ def run_scaling(options: ScalingOptions, report: Report = lambda _: None) -> lis
         RankError: A rank failed.
         WrongResultError: A method did not compute what it should.
     """
-    several = sorted(workers for workers in set(options.measured) if workers > 1)
-    if len(several) < 2:
-        raise MisuseError(f"measured at {options.measured} workers; give two numbers above 1, the larger is held out")
-    shapes = resnet50_shapes(options.width)
-    numel = sum(prod(shape) for shape in shapes)
-    buckets = cut(torch.empty(numel, device="meta"), shapes, options.bucket_mb)
-    setting = Setting(buckets, options.density, machine()["cores"])
+    _held_out(options.measured)
     measured = _measure(options, report)
-    points = [
-        Point(row["method"], row["workers"], row["best_s"]) for row in measured if row["best_s"] and row["workers"] > 1
-    ]
-    model = fit([point for point in points if point.workers < several[-1]], setting)
-    rows = [*measured, *_simulate(options, model, numel, report)]
-    rows.append({"kind": "model", **_validation(model, points, several[-1]), **_bytes_validation(rows)})
     common = {
         "bench": "scaling",
         "rate": options.rate,
         "density": options.density,
+        "bucket_mb": options.bucket_mb,
         "width": options.width,
-        "numel": numel,
+        "seed": options.seed,
         "machine": machine(),
         "package_versions": versions(),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
     }
-    return [common | row for row in rows]
+    return simulate([common | row for row in measured], options.simulated, report)
+
+
+def simulate(rows: Sequence[Row], simulated: Sequence[int], report: Report = lambda _: None) -> list[Row]:
+    """The rows of kind ``measured`` among ``rows``, with simulated ones made anew from them.
+
+    Raises:
+        MisuseError: They were measured at fewer than two numbers of workers above 1.
+    """
+    measured = [row for row in rows if row["kind"] == "measured"]
+    points = [Point(row["method"], row["workers"], row["best_s"]) for row in measured if row["best_s"]]
+    held_out = _held_out({point.workers for point in points})
+    first = measured[0]
+    shapes = resnet50_shapes(first["width"])
+    flat = torch.empty(sum(prod(shape) for shape in shapes), device="meta")
+    setting = Setting(cut(flat, shapes, first["bucket_mb"]), first["density"], first["machine"]["cores"])
+    model = fit([point for point in points if point.workers < held_out], setting)
+    facts = ("bench", "rate", "density", "bucket_mb", "width", "seed", "machine", "package_versions", "date")
+    common = {key: first[key] for key in facts} | {"numel": flat.numel()}
+    told = _simulate(first, model, simulated, report)
+    checks = {**_validation(model, points, held_out), **_bytes_validation([*measured, *told])}
+    return [common | row for row in (*measured, *told, {"kind": "model", **checks})]
+
+
+def _held_out(measured: Iterable[int]) -> int:
+    several = sorted(workers for workers in set(measured) if workers > 1)
+    if len(several) < 2:
+        raise MisuseError(f"measured at {several} workers; give two numbers above 1, of which the larger is held out")
+    return several[-1]
 
 
 def _measure(options: ScalingOptions, report: Report) -> list[Row]:
@@ -118,36 +136,40 @@ def _measure(options: ScalingOptions, report: Report) -> list[Row]:
     return rows
 
 
-def _simulate(options: ScalingOptions, model: Model, numel: int, report: Report) -> list[Row]:
+def _simulate(first: Row, model: Model, simulated: Sequence[int], report: Report) -> list[Row]:
     rows = []
-    for method in SIMULATED:
-        for workers in options.simulated:
-            if method in _SPARSE and workers > 1:
-                report(f"bytes of {method} between {workers} threads")
-                width = min(options.width, _MEMORY_WIDTH)
-                share = bytes_in_memory(method, workers, density=options.density, width=width, seed=options.seed)
-                how = "the real algorithm between threads"
-            else:
-                share = METHODS[method].theory(workers, model.setting.buckets, options.density) / (FLOAT * numel)
-                how = "arithmetic"
-            rows.append(
-                {
-                    "kind": "simulated",
-                    "method": method,
-                    "workers": workers,
-                    "own_cores_s": model.seconds(method, workers, own_cores=True),
-                    "shared_cores_s": model.seconds(method, workers, own_cores=False),
-                    "share_received": share,
-                    "bytes_from": how,
-                }
-            )
+    numel = numel_of(model.setting.buckets)
+    for method, workers in product(SIMULATED, simulated):
+        how = "arithmetic"
+        share = METHODS[method].theory(workers, model.setting.buckets, first["density"]) / (FLOAT * numel)
+        mode = _BETWEEN_THREADS.get(method)
+        if mode is not None and workers > 1:
+            report(f"bytes of {method} between {workers} threads")
+            how = "the real algorithm between threads"
+            width = min(first["width"], _MEMORY_WIDTH)
+            share = bytes_in_memory(mode, workers, density=first["density"], width=width, seed=first["seed"])
+        rows.append(
+            {
+                "kind": "simulated",
+                "method": method,
+                "workers": workers,
+                "own_cores_s": model.seconds(method, workers, own_cores=True),
+                "shared_cores_s": model.seconds(method, workers, own_cores=False),
+                "share_received": share,
+                "bytes_from": how,
+            }
+        )
     return rows
 
 
 def _validation(model: Model, points: Sequence[Point], held_out: int) -> Row:
     """The relative errors of the fitted and of the held-out points."""
     errors = {
-        kind: {f"{p.method} at {p.workers}": model.error(p) for p in points if (p.workers == held_out) == is_held}
+        kind: {
+            f"{p.method} at {p.workers}": model.error(p)
+            for p in points
+            if p.workers > 1 and (p.workers == held_out) == is_held
+        }
         for kind, is_held in (("fitted", False), ("held_out", True))
     }
     return {"coefficients": model.row(), "errors": errors, "held_out_workers": held_out}
@@ -194,7 +216,7 @@ def scaling_table(rows: Sequence[Row]) -> Table:
     table.caption = (
         f"Simulated: an alpha-beta model, fitted to fewer than {model['held_out_workers']} workers; at the held-out "
         f"{model['held_out_workers']} it is off by {100 * max(map(abs, held)):.0f} % at most. 'simulated' has all "
-        f"ranks on {first['machine']['cores']} cores as measured, 'own cores' each on a core of its own; x fp32: "
+        f"ranks on {first['machine']['cores']} cores as measured, 'own cores' each on cores of its own; x fp32: "
         "simulated, own cores. Bytes of split and shared are simulated by the real algorithm between threads."
     )
     return table

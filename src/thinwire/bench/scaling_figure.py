@@ -81,12 +81,17 @@ def scaling_figure(rows: Sequence[Row], path: Path) -> None:
     styles = [
         Line2D([], [], color="black", marker="o", linestyle="none", label=f"measured (all workers on {cores} cores)"),
         Line2D([], [], color="black", linestyle=":", label=f"simulated, {cores} cores shared as measured"),
-        Line2D([], [], color="black", linestyle="--", label="simulated, a core for each worker"),
+        Line2D([], [], color="black", linestyle="--", label="simulated, cores of its own for each worker"),
     ]
     time_axis.legend(handles=styles, fontsize=8.5, loc="upper left")
+    narrower = {row["measured_numel"] for row in rows if row["kind"] == "measured"} - {first["numel"]}
+    where = "measured at the network interface"
+    if narrower:
+        least = min(row["workers"] for row in rows if row.get("measured_numel") in narrower)
+        where += f" (from {least} workers on: of {min(narrower) / 1e6:.1f} M gradients, scaled)"
     bytes_axis.legend(
         handles=[
-            Line2D([], [], color="black", marker="o", linestyle="none", label="measured at the network interface"),
+            Line2D([], [], color="black", marker="o", linestyle="none", label=where),
             Line2D([], [], color="black", linestyle="--", label="simulated (split, shared: the real algorithm)"),
         ],
         fontsize=8.5,
