@@ -24,6 +24,7 @@ from thinwire.compress import Compressor, ErrorFeedback, TopK, Warmup
 from thinwire.compress.group import MemoryGroup
 from thinwire.errors import MisuseError
 from thinwire.integrations.exchange import Exchange
+from thinwire.integrations.reduction import Mode
 from thinwire.lab.vision.augment import augment, normalise
 from thinwire.lab.vision.data import Images
 from thinwire.lab.vision.models import SimpleCNN, resnet18
@@ -56,8 +57,9 @@ class AccuracyOptions:
     density: float = 0.01
     density_warmup: float = 0.0
     values: str = "float32"
-    mode: str = "split"
+    mode: Mode = "split"
     augment: str = "none"
+    bfloat16: bool = False
 
 
 @final
@@ -74,7 +76,7 @@ class _Workers:
         if options.variant != "dense":
             warmup = round(options.density_warmup * steps)
             schedule = Warmup(0.25, options.density, warmup) if warmup else None
-            groups = MemoryGroup.of(options.workers, timeout_s=600)
+            groups = MemoryGroup.of(options.workers, timeout_s=120)
             make = lambda group: Exchange(self._compressor(), group, mode=options.mode, schedule=schedule)  # noqa: E731
             self.exchanges = list(self.pool.map(make, groups))
 
@@ -126,7 +128,8 @@ class _Workers:
             return float(torch.stack([bucket.square().sum() for bucket in self.averaged[0]]).sum().sqrt())
         if not self.exchanges or self.exchanges[0].feedback is None:
             return 0.0
-        parts = self.exchanges[0].state_dict()["parameters"].values()
+        states = list(self.pool.map(Exchange.state_dict, self.exchanges))  # it ends the step, which is collective
+        parts = states[0]["parameters"].values()
         return float(torch.stack([part["residual"].square().sum() for part in parts]).sum().sqrt())
 
 
@@ -153,7 +156,7 @@ def run_accuracy(options: AccuracyOptions, images: Images, *, report: Callable[[
         if options.model == "simple-cnn"
         else resnet18(classes=images.classes, channels=images.shape[0], stem="cifar")
     )
-    model = model.to(device, memory_format=torch.channels_last)
+    model = model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     shards = make_shards(images.train_labels.cpu(), options.workers, skew=options.skew, seed=options.seed)
     steps_an_epoch = len(shards[0]) // options.batch
     steps = options.epochs * steps_an_epoch
@@ -177,7 +180,7 @@ def run_accuracy(options: AccuracyOptions, images: Images, *, report: Callable[[
             workers.scatter(workers.reduce(gradients))
             optimizer.step()
             step += 1
-        accuracies.append(_test(model, images))
+        accuracies.append(_test(model, images, options.bfloat16))
         norms.append(workers.residual_norm())
         report(
             f"{options.variant}, skew {options.skew:g}, seed {options.seed}: epoch {epoch + 1}, {accuracies[-1]:.4f}"
@@ -212,17 +215,17 @@ def _backward(
     batch = augment(images.train_images[chosen], options.augment, generator)
     batch = normalise(batch, images.mean, images.deviation).to(memory_format=torch.channels_last)
     model.zero_grad(set_to_none=True)
-    with torch.autocast(batch.device.type, torch.bfloat16, enabled=batch.is_cuda):
+    with torch.autocast(batch.device.type, torch.bfloat16, enabled=options.bfloat16):
         logits = model(batch)
-    nn.functional.cross_entropy(logits.float(), images.train_labels[chosen]).backward()
+    torch.autograd.backward(nn.functional.cross_entropy(logits.float(), images.train_labels[chosen]))
 
 
 @torch.no_grad()
-def _test(model: nn.Module, images: Images) -> float:
+def _test(model: nn.Module, images: Images, bfloat16: bool) -> float:
     model.eval()
     right = 0
-    for batch, labels in zip(images.test_images.split(500), images.test_labels.split(500), strict=True):
-        with torch.autocast(batch.device.type, torch.bfloat16, enabled=batch.is_cuda):
+    for batch, labels in zip(torch.split(images.test_images, 500), torch.split(images.test_labels, 500), strict=True):
+        with torch.autocast(batch.device.type, torch.bfloat16, enabled=bfloat16):
             logits = model(normalise(batch, images.mean, images.deviation).to(memory_format=torch.channels_last))
         right += int((logits.argmax(1) == labels).sum())
     model.train()

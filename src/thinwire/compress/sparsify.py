@@ -23,6 +23,7 @@ from torch import Tensor
 
 from thinwire.compress.base import Compressor, Layout, Packet, State, check_density, check_update
 from thinwire.compress.indices import pack, packed_size, unpack
+from thinwire.compress.quantize import mixed_seed
 from thinwire.compress.values import ValueCodec, value_codec
 from thinwire.errors import MalformedError, MisuseError
 from thinwire.tensors.select import accumulate_top_k, at_least, top_k
@@ -254,7 +255,7 @@ class Threshold(Sparsifier):
     def select(self, update: Tensor, state: State) -> tuple[Tensor, State]:
         due = self.count(update.numel())
         after = {**state, "step": state["step"] + 1}
-        if state["hint"] and state["step"] % self.every:
+        if due and state["hint"] and state["step"] % self.every:
             positions = at_least(update, state["hint"])
             if due / 2 <= positions.numel() <= 2 * due:
                 # Gradients have heavy tails: the count falls about as the threshold's cube around 1 %.
@@ -308,7 +309,7 @@ class RandomK(Sparsifier):
 
     def positions(self, numel: int, step: int) -> Tensor:
         count = self.count(numel)
-        generator = torch.Generator().manual_seed(((self.seed & 0xFFFFFFFF) << 31) ^ step)
+        generator = torch.Generator().manual_seed(mixed_seed((self.seed << 32) ^ step))
         within = torch.rand(count, generator=generator, dtype=torch.float64)
         strata = (torch.arange(count, dtype=torch.float64) + within) * (numel / count) if count else within
         drawn = strata.floor().clamp_(max=numel - 1).to(torch.int32)

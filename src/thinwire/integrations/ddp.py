@@ -169,7 +169,7 @@ class CompressedAllReduce:
     # --- state -----------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """This rank's residuals and all else that the next step depends on; save one for each rank."""
+        """This rank's residuals and all else that the next step depends on; save one for each rank. Collective."""
         state: dict[str, Any] = self._in_thread(self._exchange.state_dict)
         return state
 

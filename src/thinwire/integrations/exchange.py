@@ -324,6 +324,7 @@ class Exchange:
     # --- saving ----------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
+        """All that the next step depends on. It ends the step, which is collective where there is a schedule."""
         self.end_step()
         parameters = dict(self._loaded)
         for unit in self._units.values():
