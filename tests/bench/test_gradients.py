@@ -251,3 +251,31 @@ def test_bytes_on_the_line_are_those_of_the_arithmetic() -> None:
         if not METHODS[row["method"]].ours and row["theory_bytes"]:
             assert -0.01 < row["received_bytes"] / row["theory_bytes"] - 1 < 0.2
             assert row["best_s"] > 0.7 * row["theory_s"]  # no faster than the line
+
+
+# --- the rows that are kept ----------------------------------------------------------------------------------------
+
+KEPT = Path(__file__).resolve().parents[2] / "bench" / "results"
+
+
+def kept(name: str) -> list[dict]:
+    return [json.loads(line) for line in (KEPT / name).read_text().splitlines()]
+
+
+@pytest.mark.parametrize(("bucket_mb", "fp32", "fp16"), [(25, 10, 5), (0, 15, 9)])
+def test_on_cores_of_their_own_workers_are_as_much_faster_as_is_claimed(
+    bucket_mb: float, fp32: float, fp16: float
+) -> None:
+    found = {row["method"]: row for row in kept("gradients-8x1gbit.jsonl") if row["options"]["bucket_mb"] == bucket_mb}
+    assert set(found) == set(METHODS)
+    for name in ("split", "shared", "auto", "split-bf16", "shared-bf16", "auto-bf16"):
+        assert found["fp32"]["median_s"] / found[name]["median_s"] > fp32
+        assert found["fp16"]["median_s"] / found[name]["median_s"] > fp16
+
+
+def test_received_bytes_are_as_small_as_is_claimed() -> None:
+    bars = {"split": 0.03, "shared": 0.017, "split-bf16": 0.009, "shared-bf16": 0.009}
+    found = [row for row in kept("gradients-bytes.jsonl") if row["method"] in bars]
+    assert {row["workers"] for row in found} == {2, 4, 8, 16}
+    for row in found:
+        assert row["received_bytes"] / row["dense_bytes"] < bars[row["method"]]

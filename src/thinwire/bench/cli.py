@@ -12,12 +12,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from thinwire.bench.selection_cli import selection
+
 if TYPE_CHECKING:
     import torch
 
 __all__ = ["app"]
 
 app = typer.Typer(help="Measure thinwire beside what others send.", no_args_is_help=True, add_completion=False)
+app.command()(selection)
 
 
 @app.callback()

@@ -124,13 +124,13 @@ def summarise(ranks: Sequence[Row], rate: str | None) -> Row:
 # --- what is shown -----------------------------------------------------------------------------------------------
 
 _HEADINGS = (
-    "method", "median ms", "best ms", "theory ms", "x fp32", "x fp16", "received", "accounted", "theory", "% of fp32",
+    "method", "median ms", "best", "theory", "x fp32", "x fp16", "received MB", "accounted", "theory", "% fp32",
     "CPU ms",
 )  # fmt: skip
 
 
-def _size(value: float | None) -> str:
-    return "–" if value is None else f"{value / 1e6:.3g} MB" if value < 1e8 else f"{value / 1e6:.0f} MB"
+def _megabytes(value: float | None) -> str:
+    return "–" if value is None else f"{value / 1e6:.3f}" if value < 1e6 else f"{value / 1e6:.4g}"
 
 
 def _milliseconds(value: float | None) -> str:
@@ -149,21 +149,22 @@ def _cells(row: Row, by_name: dict[str, Row]) -> list[str]:
         _milliseconds(row["theory_s"]),
         gain("fp32") if row["method"] != "noop" else "–",
         gain("fp16") if row["method"] != "noop" else "–",
-        _size(row["received_bytes"]),
-        _size(row["accounted_bytes"]),
-        _size(row["theory_bytes"]),
+        _megabytes(row["received_bytes"]),
+        _megabytes(row["accounted_bytes"]),
+        _megabytes(row["theory_bytes"]),
         "–" if share is None else f"{100 * share:.2f}",
         _milliseconds(row["cpu_s"]),
     ]
 
 
 def _title(row: Row) -> str:
-    rate = "loopback, no limit" if row["rate"] is None else f"{row['rate']} a worker, both ways"
+    rates = {None: "loopback, no limit", "none": "no limit"}
+    rate = rates.get(row["rate"], f"{row['rate']} a worker, both ways")
     options = row["options"]
     network = "ResNet-50" if options["width"] == 64 else f"ResNet-50 of width {options['width']}"
     return (
         f"{network}'s {row['numel']:,} gradients, {row['workers']} workers, {rate}, density {options['density']:.3g}, "
-        f"{len(row['buckets'])} buckets"
+        f"{'one flat tensor' if len(row['buckets']) == 1 else str(len(row['buckets'])) + ' buckets'}"
     )
 
 

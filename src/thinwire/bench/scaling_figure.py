@@ -92,7 +92,7 @@ def scaling_figure(rows: Sequence[Row], path: Path) -> None:
     bytes_axis.legend(
         handles=[
             Line2D([], [], color="black", marker="o", linestyle="none", label=where),
-            Line2D([], [], color="black", linestyle="--", label="simulated (split, shared: the real algorithm)"),
+            Line2D([], [], color="black", linestyle="--", label="simulated, payload alone (split, shared: real code)"),
         ],
         fontsize=8.5,
         loc="upper left",
