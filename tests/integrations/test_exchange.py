@@ -95,7 +95,7 @@ def test_nothing_is_lost_over_the_steps(compressor: Compressor, rollback: bool) 
     check_law(results[0][0], [r for _, r in results], true_sum(3, range(6)))
 
 
-@pytest.mark.parametrize("mode", ["auto", "split", "gather", "shared", "dense"])
+@pytest.mark.parametrize("mode", ["auto", "split", "gather", "shared", "mask", "dense"])
 def test_every_mode_keeps_the_law(mode: str) -> None:
     def work(group: MemoryGroup) -> tuple[Tensor, Tensor]:
         trainer = Trainer(group, ErrorFeedback(TopK(0.02)), mode=mode)
@@ -105,6 +105,25 @@ def test_every_mode_keeps_the_law(mode: str) -> None:
 
     results = together(4, work)
     check_law(results[0][0], [r for _, r in results], true_sum(4, range(5)))
+
+
+def test_a_mask_serves_for_sixteen_steps_and_then_follows_the_gradients() -> None:
+    def work(group: MemoryGroup) -> list[tuple[list[int], int]]:
+        trainer, seen = Trainer(group, ErrorFeedback(TopK(0.05)), mode="mask"), []
+        for s in range(18):
+            before = group.received_bytes
+            trainer.step(s)
+            mask = next(iter(trainer.exchange.state_dict()["units"]))["mask"]
+            seen.append((mask.tolist(), group.received_bytes - before))
+        return seen
+
+    results = together(2, work)
+    masks, received = zip(*results[0], strict=True)
+    assert list(masks) == [mask for mask, _ in results[1]]
+    assert all(mask == masks[0] for mask in masks[:16])
+    assert masks[16] != masks[0]
+    assert masks[17] == masks[16]
+    assert max(received[1:16]) < received[0], "only values travel"
 
 
 def test_residuals_move_with_their_parameters_when_buckets_are_formed_anew() -> None:
@@ -324,16 +343,30 @@ def test_a_layer_budget_gives_the_layers_with_the_larger_gradients_more() -> Non
     assert int((results[0][1] != 0).sum()) == sum(counts.values())
 
 
+def test_a_budget_by_sensitivity_looks_at_the_weights() -> None:
+    def work(group: MemoryGroup) -> dict[str, int]:
+        weights = {key: torch.full(SHAPES[key], 100.0 if key == "a" else 0.01) for key in SHAPES}
+        budget = LayerBudget(every=1, score="sensitivity")
+        trainer = Trainer(group, ErrorFeedback(TopK(0.1)), mode="split", layer_budget=budget, weight_of=weights.get)
+        for s in range(3):
+            trainer.step(s)
+        return trainer.exchange.state_dict()["counts"]
+
+    counts = together(2, work)[0]
+    assert counts["a"] > 10 * counts["c"]
+
+
+@pytest.mark.parametrize("mode", ["split", "mask"])
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
-def test_a_saved_run_goes_on_bit_for_bit(momentum: float) -> None:
+def test_a_saved_run_goes_on_bit_for_bit(momentum: float, mode: str) -> None:
     compressor = ErrorFeedback(TopK(0.05, "int8"), momentum=momentum)
 
     def whole(group: MemoryGroup) -> Tensor:
-        trainer = Trainer(group, compressor, mode="split", schedule=Warmup(0.5, 0.05, 5))
+        trainer = Trainer(group, compressor, mode=mode, schedule=Warmup(0.5, 0.05, 5))
         return [trainer.step(s) for s in range(8)][-1]
 
     def first(group: MemoryGroup) -> dict[str, Any]:
-        trainer = Trainer(group, compressor, mode="split", schedule=Warmup(0.5, 0.05, 5))
+        trainer = Trainer(group, compressor, mode=mode, schedule=Warmup(0.5, 0.05, 5))
         for s in range(4):
             trainer.step(s)
         return trainer.exchange.state_dict()
@@ -341,7 +374,7 @@ def test_a_saved_run_goes_on_bit_for_bit(momentum: float) -> None:
     states = together(2, first)
 
     def second(group: MemoryGroup) -> Tensor:
-        trainer = Trainer(group, compressor, mode="split", schedule=Warmup(0.5, 0.05, 5))
+        trainer = Trainer(group, compressor, mode=mode, schedule=Warmup(0.5, 0.05, 5))
         trainer.exchange.load_state_dict(states[group.rank])
         return [trainer.step(s) for s in range(4, 8)][-1]
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from thinwire.compress import allreduce
 from thinwire.compress.allreduce import Reduced
 from thinwire.compress.base import Compressor
-from thinwire.compress.budget import gradient_norm_share
+from thinwire.compress.budget import gradient_norm_share, sensitivity
 from thinwire.compress.cost import CostModel, Way, calibrate, quickest
 from thinwire.compress.feedback import ErrorFeedback
 from thinwire.compress.group import Group
@@ -22,8 +22,10 @@ from thinwire.integrations.units import Unit
 
 __all__ = ["MODES", "Mode", "Reduction"]
 
-Mode = Literal["auto", "split", "gather", "shared", "dense"]
-MODES = ("auto", "split", "gather", "shared", "dense")
+Mode = Literal["auto", "split", "gather", "shared", "mask", "dense"]
+MODES = ("auto", "split", "gather", "shared", "mask", "dense")
+MASK_EVERY = 16
+"""Exchanges for which a mask serves; in every 16th its positions are found anew, by ``split``."""
 
 
 @final
@@ -38,12 +40,14 @@ class Reduction:
         group: Group,
         mode: Mode,
         learning_rate_of: Callable[[str], float] | None,
+        weight_of: Callable[[str], Tensor] | None = None,
     ) -> None:
         self.compressor = compressor
         self.feedback = feedback
         self.group = group
         self.mode = mode
         self.learning_rate_of = learning_rate_of
+        self.weight_of = weight_of
         self.model: CostModel | None = None
         self._scale = 1.0
         self._score = False
@@ -52,7 +56,8 @@ class Reduction:
         """The mean of ``update`` (float32 ``[numel]``, ``scale`` times too large) over the ranks, in true units.
 
         The unit's residual is left as ``update + residual``: whoever applies the result settles the credits. With
-        ``score``, ``unit.scores`` is set to every parameter's squared norm. None: some rank's update is not finite.
+        ``score``, ``unit.scores`` is set to what every parameter has a claim on (norm or sensitivity). None: some
+        rank's update is not finite.
         """
         self._scale, self._score = scale, score
         if isinstance(self.compressor, Sparsifier):
@@ -72,18 +77,20 @@ class Reduction:
 
     def _sparse(self, update: Tensor, unit: Unit, compressor: Sparsifier) -> Reduced | None:
         way = self._way(unit, compressor)
+        masked = self.mode == "mask" and way == "shared"
         state = unit.inner
-        if way == "dense" or (way == "shared" and not compressor.synchronised and not self._leads(unit)):
+        if way == "dense" or masked or (way == "shared" and not compressor.synchronised and not self._leads(unit)):
             compensated, finite = self._compensate(update, unit)
-            positions: Tensor | None = None
+            positions = unit.mask if masked else None
             if way == "dense":
                 return allreduce.plain(compensated, self.group)
         else:
             compensated, positions, finite, state = self._select(update, unit, compressor)
         if self._score:
-            norm2 = float(compensated.double().square().sum())
-            unit.scores = tuple(norm2 * share for share in gradient_norm_share(compensated, unit.layout))
+            unit.scores = self._scores(compensated, unit)
         reduced = self._exchange(way, compensated, positions, finite, compressor, unit)
+        if reduced is not None and self.mode == "mask":
+            unit.mask = reduced.positions
         if reduced is not None:  # else all ranks keep the state they had, whether or not theirs was the fault
             unit.inner = state
         return reduced
@@ -100,7 +107,7 @@ class Reduction:
         if way == "shared":
             reduced, unit.carry = allreduce.shared(
                 compensated, positions, finite=finite, compressor=compressor, group=self.group, carry=unit.carry,
-                known=compressor.synchronised,
+                known=compressor.synchronised or self.mode == "mask",
             )  # fmt: skip
             return reduced
         assert positions is not None
@@ -117,10 +124,20 @@ class Reduction:
         )  # fmt: skip
         return reduced
 
+    def _scores(self, compensated: Tensor, unit: Unit) -> tuple[float, ...]:
+        if self.weight_of is not None:
+            weights = torch.cat([self.weight_of(key).detach().reshape(-1).float() for key in unit.keys])
+            total = float((weights.double() * compensated.double()).abs().sum())
+            return tuple(total * share for share in sensitivity(weights, compensated, unit.layout))
+        total = float(compensated.double().square().sum())
+        return tuple(total * share for share in gradient_norm_share(compensated, unit.layout))
+
     def _leads(self, unit: Unit) -> bool:
         return unit.carry.step % self.group.size == self.group.rank
 
     def _way(self, unit: Unit, compressor: Sparsifier) -> Way:
+        if self.mode == "mask":
+            return "split" if unit.mask is None or unit.carry.step % MASK_EVERY == 0 else "shared"
         if self.mode != "auto":
             return self.mode
         if compressor.synchronised:

@@ -38,6 +38,7 @@ class Unit:
     spare: dict[str, Tensor] = attribute(default_factory=dict)
     undo: dict[str, Any] = attribute(default_factory=dict)
     scores: tuple[float, ...] = ()
+    mask: Tensor | None = None
 
     def begin(self, rollback: bool) -> None:
         """Before an exchange: with ``rollback``, remembers what it will change."""
