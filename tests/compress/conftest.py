@@ -4,4 +4,4 @@ from __future__ import annotations
 
 import pytest
 
-pytest.register_assert_rewrite("thinwire.testing.compressors")
+pytest.register_assert_rewrite("thinwire.testing.codecs", "thinwire.testing.compressors", "thinwire.testing.laws")

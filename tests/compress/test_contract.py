@@ -13,7 +13,8 @@ from thinwire.compress.lowrank import LowRank
 from thinwire.compress.quantize import QSGD, Float8, Int4, Int8, Quantize, Sign
 from thinwire.compress.sparsify import BlockTopK, RandomK, Threshold, TopK
 from thinwire.compress.values import BFloat16, Float16, Float32, ValueCodec
-from thinwire.testing.compressors import Claims, CompressorContract, ValueCodecContract
+from thinwire.testing.codecs import ValueCodecContract
+from thinwire.testing.compressors import Claims, CompressorContract
 
 CODECS: list[tuple[ValueCodec, Claims]] = [
     (Float32(), Claims(contraction=1.0, exact=True)),

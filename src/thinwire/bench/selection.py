@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -179,12 +181,7 @@ def _about(device: str) -> Row:
         facts["machine"]["gpu"] = torch.cuda.get_device_name()
         facts["versions"]["torch"] = torch.__version__
         facts["versions"]["cuda"] = torch.version.cuda
-        try:
-            import triton
-
-            facts["versions"]["triton"] = triton.__version__
-        except ImportError:
-            facts["versions"]["triton"] = None
+        facts["versions"]["triton"] = metadata.version("triton") if find_spec("triton") else None
     return facts
 
 

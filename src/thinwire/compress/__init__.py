@@ -7,6 +7,7 @@ from thinwire.compress.quantize import QSGD, Float8, Int4, Int8, Quantize, Sign
 from thinwire.compress.schedule import Accordion, ByteBudget, Constant, Plateau, Warmup
 from thinwire.compress.sparsify import BlockTopK, RandomK, Threshold, TopK
 from thinwire.compress.values import BFloat16, Float16, Float32
+from thinwire.compress.visible import VisibleTopK
 
 __all__ = [
     "QSGD",
@@ -31,5 +32,6 @@ __all__ = [
     "Sign",
     "Threshold",
     "TopK",
+    "VisibleTopK",
     "Warmup",
 ]

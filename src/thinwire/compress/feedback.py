@@ -31,7 +31,8 @@ class ErrorFeedback(Compressor):
     velocity is cleared (factor masking, their eq. 7) unless ``masking`` is off.
 
     What is sent: the gradient (``momentum=0``) or the velocity. Adam divides by a running mean of squares, which a
-    sparse gradient spoils, so with Adam send the *update* instead: :class:`thinwire.integrations.LocalSteps`.
+    sparse gradient spoils, so with Adam send the *update* instead, as long as the shards are alike:
+    :class:`thinwire.integrations.local_steps.LocalSteps` with ``every=1``.
 
     >>> import torch
     >>> from thinwire.compress import ErrorFeedback, Layout, TopK

@@ -8,7 +8,7 @@ The exchange runs in a thread of its own, over a process group of its own, while
 
 # No "from __future__ import annotations" here: DDP reads the annotations of a hook as types.
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, final
@@ -19,7 +19,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import GradBucket
 from torch.futures import Future
 
-from thinwire.compress.base import Compressor
+from thinwire.compress.base import Compressor, State
 from thinwire.compress.group import Group
 from thinwire.compress.schedule import Schedule
 from thinwire.errors import MisuseError, ThinwireError
@@ -47,9 +47,8 @@ class CompressedAllReduce:
         group: the ranks, as DDP's ``process_group`` (default: all). A group of its own is made over them.
         mode: how sparse updates are reduced (:mod:`thinwire.compress.allreduce`): ``split`` costs the same at any
             number of ranks; ``gather`` suits 2 or 3; ``shared`` lets one rank after the other choose for all, the
-            cheapest; ``mask`` uses one set of positions, found by ``split``, for 16 steps on end; ``dense`` sends
-            everything; ``auto`` takes the quickest of split, gather and dense for every bucket, by a model
-            calibrated on the first step.
+            cheapest; ``dense`` sends everything; ``auto`` takes the quickest of split, gather and dense for every
+            bucket by a model calibrated on the first step.
         schedule: a density over time; it overrides the compressor's. Feed it with :meth:`observe`.
         layer_budget: shares the elements due over the parameters; without, those of a bucket compete.
         scaler: the GradScaler of mixed-precision training. Residuals are kept in true units, and a step that it skips
@@ -100,7 +99,6 @@ class CompressedAllReduce:
             rollback=rollback,
             unused_parameters=unused_parameters,
             learning_rate_of=self._learning_rate if optimizer is not None else None,
-            weight_of=self._parameters.__getitem__,
         )
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="thinwire-exchange")
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
@@ -147,16 +145,43 @@ class CompressedAllReduce:
 
     # --- without DDP -----------------------------------------------------------------------------------------------
 
-    def all_reduce(self, tensor: Tensor, name: str = "flat") -> Tensor:
+    def all_reduce(
+        self,
+        tensor: Tensor,
+        name: str = "flat",
+        *,
+        parts: Mapping[str, tuple[int, ...]] | None = None,
+        given: State | None = None,
+    ) -> Tensor:
         """Replaces a floating-point ``tensor`` by its mean over the ranks and returns it; residuals are kept under
-        ``name``. Blocks; collective."""
-        flat = tensor.view(-1)
-        self._start(flat, [name], [tuple(tensor.shape)]).wait()
+        ``name``. Blocks; collective.
+
+        A tensor that holds many parameters end to end names them with their shapes in ``parts``: residuals are then
+        kept by parameter, and compressors see the matrices. ``given`` is added to the compressor's state for this call
+        alone (what :class:`~thinwire.compress.visible.VisibleTopK` refers to).
+        """
+        shapes = {name: tuple(tensor.shape)} if parts is None else dict(parts)
+        try:
+            self._start(tensor.view(-1), list(shapes), list(shapes.values()), given).wait()
+        except RuntimeError as error:  # as a future wraps it
+            if isinstance(self.error, ThinwireError):
+                raise self.error from None
+            raise error
         return tensor
 
     def observe(self, *, loss: float | Tensor) -> None:
         """This rank's loss, once a step and before backward, for schedules that follow it."""
         self._exchange.observe(float(loss))
+
+    @property
+    def group(self) -> Group:
+        """The ranks; for other messages between two exchanges."""
+        return self._group
+
+    @property
+    def scaled(self) -> bool:
+        """Whether what comes by is scaled by a GradScaler, or rescaled where learning rates change."""
+        return self._exchange.scaler is not None or self._optimizer is not None
 
     @property
     def traffic(self) -> Traffic:
@@ -196,19 +221,29 @@ class CompressedAllReduce:
 
     # --- the thread ------------------------------------------------------------------------------------------------
 
-    def _start(self, flat: Tensor, keys: list[str], shapes: list[tuple[int, ...]]) -> Future[Tensor]:
+    def _start(
+        self, flat: Tensor, keys: list[str], shapes: list[tuple[int, ...]], given: State | None = None
+    ) -> Future[Tensor]:
         device = flat.device
         future: Future[Tensor] = Future(devices=[device]) if device.type == "cuda" else Future()
         ready = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
-        self._thread.submit(self._run, flat, keys, shapes, ready, future)
+        self._thread.submit(self._run, flat, keys, shapes, given, ready, future)
         return future.then(self._unwrap)
 
-    def _run(self, flat: Tensor, keys: list[str], shapes: list[tuple[int, ...]], ready: Any, future: Any) -> None:
+    def _run(
+        self,
+        flat: Tensor,
+        keys: list[str],
+        shapes: list[tuple[int, ...]],
+        given: State | None,
+        ready: Any,
+        future: Any,
+    ) -> None:
         try:
             if self.error is not None:
                 raise self.error
             with self._stream(flat.device, ready), torch.no_grad():
-                self._exchange.reduce_(flat, keys, shapes)
+                self._exchange.reduce_(flat, keys, shapes, given)
                 future.set_result(flat)
         except BaseException as error:  # whatever it is must reach backward, not die with this thread
             if self.error is None:

@@ -22,7 +22,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from thinwire.compress.group import sizes_of
-from thinwire.errors import MisuseError, ThinwireError
+from thinwire.errors import MisuseError
 from thinwire.integrations.agreement import agree, digest_of
 from thinwire.integrations.ddp import CompressedAllReduce
 
@@ -57,7 +57,7 @@ def compress_replicas(model: torch.nn.Module, exchange: CompressedAllReduce) -> 
     units = {name or _ROOT: module for name, module in model.named_modules() if isinstance(module, FSDPModule)}
     if not units:
         raise MisuseError("no module of this model went through fully_shard; shard first, then compress the replicas")
-    if exchange._exchange.scaler is not None or exchange._optimizer is not None:
+    if exchange.scaled:
         raise MisuseError("make the exchange without scaler and optimizer: a unit is a shard of many parameters")
     parameters = dict(model.named_parameters())
     for name, parameter in parameters.items():
@@ -67,7 +67,7 @@ def compress_replicas(model: torch.nn.Module, exchange: CompressedAllReduce) -> 
     shards = {name: _shard_of(parameter) for name, parameter in parameters.items()}
     start = {"units": list(units), "shards": shards, "digest": digest_of(parameters.values())}
     agree(
-        exchange._group,
+        exchange.group,
         start,
         "replicas must hold the same shard of the same parameters: start all from one seed or checkpoint, and give the "
         "exchange the group of the replicate axis",
@@ -89,12 +89,7 @@ def _hook_of(name: str, exchange: CompressedAllReduce) -> Callable[[Tensor], Non
                 unit=name,
             )
         seen[:] = [numel]
-        try:
-            exchange.all_reduce(gradient, name=name)
-        except RuntimeError as error:  # as torch's futures wrap it
-            if isinstance(exchange.error, ThinwireError):
-                raise exchange.error from None
-            raise error
+        exchange.all_reduce(gradient, name=name)
         if gradient.is_cuda:
             # FSDP frees this buffer on another stream than the one that reads it last, after a cast.
             gradient.record_stream(torch.cuda.current_stream(gradient.device))
@@ -113,11 +108,11 @@ def _shard_of(parameter: Tensor) -> tuple[list[int], list[int] | None]:
 def _check_mesh(parameters: dict[str, torch.nn.Parameter], exchange: CompressedAllReduce) -> None:
     """The exchange's ranks, and those among which a parameter is sharded, have this one in common and no other."""
     me = dist.get_rank()
-    replicas = set(sizes_of(exchange._group, me)) - {me}
+    replicas = set(sizes_of(exchange.group, me)) - {me}
     meshes = {name: p.device_mesh for name, p in parameters.items() if isinstance(p, DTensor)}
     shared = {name: replicas & set(mesh.mesh.flatten().tolist()) for name, mesh in meshes.items()}
     bad = [name for name, ranks in shared.items() if ranks]
-    if max(sizes_of(exchange._group, int(bool(bad)))):  # raise on all ranks, or none
+    if max(sizes_of(exchange.group, int(bool(bad)))):  # raise on all ranks, or none
         where = f"ranks {sorted(shared[bad[0]])} are in the mesh of {bad[0]}" if bad else "so it is on another replica"
         raise MisuseError(
             "a replica's ranks must not be among those that FSDP shards over; give fully_shard the shard axis alone, "

@@ -17,7 +17,6 @@ the last meeting (the *pseudo-gradient*) is averaged through a
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -28,7 +27,6 @@ from torch.optim import Optimizer
 from thinwire.compress.base import Layout
 from thinwire.compress.group import sizes_of
 from thinwire.compress.sparsify import all_finite
-from thinwire.compress.visible import VisibleTopK
 from thinwire.errors import MisuseError
 from thinwire.integrations.agreement import agree, digest_of, local
 from thinwire.integrations.ddp import CompressedAllReduce
@@ -158,7 +156,12 @@ class LocalSteps:
         """Inner steps since the last outer one."""
         self.skipped = 0
         """Rounds thrown away because some rank's parameters were not finite, or, in parts, because a mean was not."""
-        self._wire = _Wire(exchange)
+        if exchange.scaled:
+            raise MisuseError(
+                "make the exchange without scaler and optimizer: movements are not scaled for the loss, and what waits "
+                "in their residual was taken at the rate of its time"
+            )
+        self._exchange = exchange
         named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         for name, parameter in named.items():
             if parameter.dtype not in _DTYPES or parameter.is_meta:
@@ -171,7 +174,7 @@ class LocalSteps:
         options = [every, outer_lr, outer_momentum, nesterov, chunk_numel]
         start = {"options": options, "parameters": list(named), "digest": digest_of(named.values())}
         agree(
-            self._wire.group,
+            exchange.group,
             start,
             "give all the same options, and start all from the same parameters: the same seed, checkpoint or broadcast",
         )
@@ -194,7 +197,7 @@ class LocalSteps:
         """Ends the round now; for the end of training, or before a checkpoint. All ranks must call it."""
         self.inner_steps = 0
         healthy = all(chunk.finite() for chunk in self._chunks)
-        if not all(sizes_of(self._wire.group, int(healthy))):
+        if not all(sizes_of(self._exchange.group, int(healthy))):
             self.skipped += 1
             if not healthy:
                 self._forget()
@@ -207,7 +210,8 @@ class LocalSteps:
     def _reduce(self, chunk: _Chunk) -> bool:
         """Moves the chunk's anchor; all ranks do the same arithmetic on the same bits."""
         mean = chunk.movement()
-        self._wire.reduce_(mean, chunk)
+        shapes = dict(zip(chunk.names, chunk.layout.shapes, strict=True))
+        self._exchange.all_reduce(mean, parts=shapes, given={"reference": chunk.anchor})
         if not all_finite(mean):  # finite movements whose sum overflows: all ranks see it
             return False
         if chunk.momentum is not None:
@@ -301,39 +305,3 @@ def _chunk_of(part: dict[str, Tensor], with_momentum: bool) -> _Chunk:
         anchor,
         torch.zeros_like(anchor) if with_momentum else None,
     )
-
-
-@final
-class _Wire:
-    """The exchange, for one flat update of many parameters whose compressor may ask for the weights."""
-
-    def __init__(self, exchange: CompressedAllReduce) -> None:
-        self._outer = exchange
-        self._exchange = exchange._exchange
-        self.group = exchange._group
-        if self._exchange.scaler is not None or exchange._optimizer is not None:
-            raise MisuseError(
-                "make the exchange without scaler and optimizer: movements are not scaled for the loss, and what waits "
-                "in their residual was taken at the rate of its time"
-            )
-
-    def reduce_(self, flat: Tensor, chunk: _Chunk) -> None:
-        if self.group.size == 1 or not flat.numel():
-            return
-        with self._weights_shown(chunk):
-            try:
-                self._outer._start(flat, list(chunk.names), list(chunk.layout.shapes)).wait()
-            except RuntimeError as error:
-                raise self._outer.error or error from None
-
-    @contextmanager
-    def _weights_shown(self, chunk: _Chunk) -> Iterator[None]:
-        if not isinstance(self._exchange.base, VisibleTopK):
-            yield
-            return
-        unit = self._exchange._unit_of(chunk.names, chunk.layout, chunk.anchor.device)
-        unit.inner = {**unit.inner, "reference": chunk.anchor}
-        try:
-            yield
-        finally:  # else every saved state would hold the weights once more
-            unit.inner = {key: value for key, value in unit.inner.items() if key != "reference"}

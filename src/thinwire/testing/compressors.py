@@ -20,114 +20,28 @@ from __future__ import annotations
 
 import copy
 import io
-from collections.abc import Callable
-from dataclasses import dataclass, fields, is_dataclass
-from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from thinwire.compress.base import Compressor, Layout, Packet, State
-from thinwire.compress.values import ValueCodec
 from thinwire.errors import MalformedError, MisuseError, ThinwireError
+from thinwire.testing.laws import (
+    EDGES,
+    LAYOUT,
+    Claims,
+    assert_close_on_average,
+    quick,
+    received,
+    same,
+    squared_norm,
+    updates,
+)
 
-__all__ = ["Claims", "CompressorContract", "ValueCodecContract", "same", "updates"]
-
-LAYOUT = Layout(((24, 10), (24,), (6, 5, 4), (), (7, 1)))
-
-_quick = settings(max_examples=10, suppress_health_check=[HealthCheck.too_slow])
-
-
-@dataclass(frozen=True)
-class Claims:
-    """What an implementation promises beyond the common laws.
-
-    - ``contraction``: a δ in [0, 1] with ``||x - decode(encode(x))||² <= (1 - δ) ||x||²`` for every x, at the first
-      step. Error feedback needs one above 0 (Karimireddy et al. 2019, definition 2). None: no such promise.
-    - ``unbiased``: the expected value of ``decode(encode(x))`` over steps (of a codec: over seeds) is x.
-    - ``exact``: ``decode(encode(x))`` is x, bit for bit.
-    """
-
-    contraction: float | None = None
-    unbiased: bool = False
-    exact: bool = False
-
-
-@st.composite
-def updates(draw: st.DrawFn, numel: int) -> Tensor:
-    """Finite float32 ``[numel]``: normal, heavy-tailed or sparse, of any usual scale, with some values of its own."""
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32 - 1)))
-    values = torch.randn(numel, generator=generator)
-    if draw(st.booleans()):
-        values = values**3 / torch.rand(numel, generator=generator).clamp_(min=1e-3)
-    values *= torch.rand(numel, generator=generator) < draw(st.sampled_from([1.0, 0.3, 0.01]))
-    values *= 10.0 ** draw(st.integers(-12, 12))
-    own = st.floats(-(2.0**100), 2.0**100, width=32)
-    for position, value in draw(st.dictionaries(st.integers(0, max(0, numel - 1)), own, max_size=5)).items():
-        if position < numel:
-            values[position] = value
-    return values
-
-
-EDGES: list[tuple[str, Callable[[int], Tensor]]] = [
-    ("zeros", lambda numel: torch.zeros(numel)),
-    ("minus zeros", lambda numel: -torch.zeros(numel)),
-    ("ones", lambda numel: torch.ones(numel)),
-    ("one of many", lambda numel: torch.nn.functional.one_hot(torch.tensor(numel // 2), max(1, numel))[:numel].float()),
-    ("huge", lambda numel: torch.linspace(-1e30, 1e30, numel)),
-    ("denormal", lambda numel: torch.linspace(-1e-40, 1e-40, numel)),
-    ("the smallest", lambda numel: torch.full((numel,), 1.4e-45)),
-    ("of all scales", lambda numel: torch.logspace(-44, 30, numel) * (-1.0) ** torch.arange(numel)),
-]
-"""Updates that divide by zero, overflow or underflow where a compressor is careless."""
-
-
-def same(first: Any, second: Any) -> bool:
-    """Whether two states, packets or tensors are equal bit for bit."""
-    if isinstance(first, Tensor):
-        return (
-            isinstance(second, Tensor)
-            and (first.dtype, first.shape, first.device) == (second.dtype, second.shape, second.device)
-            and torch.equal(
-                first.contiguous().view(-1).view(torch.uint8), second.contiguous().view(-1).view(torch.uint8)
-            )
-        )
-    if isinstance(first, dict):
-        return (
-            isinstance(second, dict) and first.keys() == second.keys() and all(same(first[k], second[k]) for k in first)
-        )
-    if isinstance(first, list | tuple):
-        return type(first) is type(second) and len(first) == len(second) and all(map(same, first, second))
-    if is_dataclass(first):
-        return type(first) is type(second) and all(
-            same(getattr(first, f.name), getattr(second, f.name)) for f in fields(first)
-        )
-    return bool(first == second)
-
-
-def _received(packet: Packet) -> Packet:
-    """The packet as it arrives: copied bytes, somewhere inside a message, at an odd address."""
-    message = torch.cat([packet.data.new_zeros(3), packet.data, packet.data.new_zeros(2)])
-    return Packet(packet.numel, message[3 : 3 + packet.nbytes])
-
-
-def _squared_norm(values: Tensor) -> float:
-    return float(values.double().square().sum())
-
-
-def _assert_close_on_average(draws: list[Tensor], expected: Tensor) -> None:
-    """The mean is within seven standard errors, and what rounding adds, of what is expected."""
-    values = torch.stack(draws).double()
-    error = (values.mean(0) - expected.double()).abs()
-    standard = values.std(0) / len(draws) ** 0.5
-    # An outcome of probability p that never came up leaves the spread at zero: it could be as rare as 1 / draws.
-    allowed = (
-        7 * standard + expected.double().abs() * 1e-5 + float(expected.abs().max()) * 20 / len(draws) * (standard == 0)
-    )
-    assert bool((error <= allowed).all()), f"off by {float((error / allowed).max()):.2f} times what chance allows"
+__all__ = ["Claims", "CompressorContract", "same", "updates"]
 
 
 class CompressorContract:
@@ -155,7 +69,7 @@ class CompressorContract:
     # --- the call ----------------------------------------------------------------------------------------------------
 
     def test_what_is_decoded_looks_like_the_update(self, compressor: Compressor, layout: Layout, device: str) -> None:
-        @_quick
+        @quick
         @given(updates(layout.numel))
         def law(update: Tensor) -> None:
             update = update.to(device)
@@ -178,7 +92,7 @@ class CompressorContract:
         state = compressor.init(layout, device)
         for _ in range(3):
             packet, state = compressor.encode(torch.full((layout.numel,), 0.5, device=device), state)
-            decoded = compressor.decode(_received(packet))
+            decoded = compressor.decode(received(packet))
             assert decoded.shape == (layout.numel,)
             assert bool(decoded.isfinite().all())
 
@@ -215,7 +129,7 @@ class CompressorContract:
     # --- purity ------------------------------------------------------------------------------------------------------
 
     def test_encode_is_pure(self, compressor: Compressor, layout: Layout, device: str) -> None:
-        @_quick
+        @quick
         @given(st.lists(updates(layout.numel), min_size=1, max_size=3))
         def law(sequence: list[Tensor]) -> None:
             state = compressor.init(layout, device)
@@ -240,7 +154,7 @@ class CompressorContract:
             packet, state = compressor.encode(update, state)
             bytes_before = packet.data.clone()
             decoded = compressor.decode(packet)
-            assert same(other.decode(_received(packet)), decoded)
+            assert same(other.decode(received(packet)), decoded)
             assert same(packet.data, bytes_before), "decode changed the packet"
             decoded.zero_()
             assert same(packet.data, bytes_before), "what was decoded is a view of the packet"
@@ -253,7 +167,7 @@ class CompressorContract:
     # --- state -------------------------------------------------------------------------------------------------------
 
     def test_a_saved_state_continues_alike(self, compressor: Compressor, layout: Layout, device: str) -> None:
-        @_quick
+        @quick
         @given(st.lists(updates(layout.numel), min_size=2, max_size=5), st.integers(0, 4))
         def law(sequence: list[Tensor], cut: int) -> None:
             state = resumed = compressor.init(layout, device)
@@ -293,12 +207,12 @@ class CompressorContract:
             pytest.skip("no contraction is claimed")
         kept = 1 - claims.contraction
 
-        @settings(_quick, max_examples=25)
+        @settings(quick, max_examples=25)
         @given(updates(layout.numel))
         def law(update: Tensor) -> None:
             packet, _ = compressor.encode(update.to(device), compressor.init(layout, device))
-            lost = _squared_norm(compressor.decode(packet).cpu() - update)
-            assert lost <= kept * _squared_norm(update) * (1 + 1e-5) + 1e-80
+            lost = squared_norm(compressor.decode(packet).cpu() - update)
+            assert lost <= kept * squared_norm(update) * (1 + 1e-5) + 1e-80
 
         law()
 
@@ -313,13 +227,13 @@ class CompressorContract:
             packet, state = compressor.encode(update, state)
             draws.append(compressor.decode(packet).cpu())
         assert len({tuple(draw.tolist()) for draw in draws[:20]}) == 20, "each step draws anew"
-        _assert_close_on_average(draws, update.cpu())
+        assert_close_on_average(draws, update.cpu())
 
     def test_it_is_exact(self, compressor: Compressor, claims: Claims, layout: Layout, device: str) -> None:
         if not claims.exact:
             pytest.skip("it is not claimed to be exact")
 
-        @_quick
+        @quick
         @given(updates(layout.numel))
         def law(update: Tensor) -> None:
             packet, _ = compressor.encode(update.to(device), compressor.init(layout, device))
@@ -351,7 +265,7 @@ class CompressorContract:
             st.integers(0, size - 1) | st.integers(0, min(size - 1, 40)), st.integers(1, 255), min_size=1
         )
 
-        @settings(_quick, max_examples=25)
+        @settings(quick, max_examples=25)
         @given(flips)
         def flipped(changes: dict[int, int]) -> None:
             data = packet.data.cpu().clone()
@@ -359,123 +273,13 @@ class CompressorContract:
                 data[position] ^= mask
             _decode_or_refuse(compressor, Packet(packet.numel, data.to(device)))
 
-        @settings(_quick, max_examples=25)
+        @settings(quick, max_examples=25)
         @given(st.binary(min_size=size, max_size=size) | st.binary(max_size=64))
         def garbage(data: bytes) -> None:
             _decode_or_refuse(compressor, Packet(packet.numel, torch.tensor(list(data), dtype=torch.uint8).to(device)))
 
         flipped()
         garbage()
-
-
-class ValueCodecContract:
-    """What sparse packets and :class:`~thinwire.compress.quantize.Quantize` rely on.
-
-    Fixtures: ``codec``, required; ``claims`` and ``device`` where the defaults do not fit.
-    """
-
-    COUNTS = (0, 1, 2, 3, 5, 7, 8, 9, 31, 255, 256, 257, 511, 512, 513, 1500)
-
-    @pytest.fixture
-    def codec(self) -> ValueCodec:
-        raise NotImplementedError("give the subclass a fixture 'codec'")
-
-    @pytest.fixture
-    def claims(self) -> Claims:
-        return Claims()
-
-    @pytest.fixture
-    def device(self) -> str:
-        return "cpu"
-
-    def test_size_follows_from_the_count(self, codec: ValueCodec, device: str) -> None:
-        for count in self.COUNTS:
-            values = torch.linspace(-2, 1, count).to(device)
-            before = values.clone()
-            data = codec.encode(values, seed=count)
-            assert (data.dtype, data.shape, data.device) == (torch.uint8, (codec.size(count),), values.device)
-            decoded = codec.decode(data, count)
-            assert (decoded.dtype, decoded.shape, decoded.device) == (torch.float32, (count,), values.device)
-            assert same(values, before)
-            assert same(codec.encode(values, seed=count), data)
-            assert same(codec.decode(_received(Packet(count, data)).data, count), decoded)
-
-    @pytest.mark.parametrize("name", [name for name, _ in EDGES])
-    def test_values_at_the_edge(self, codec: ValueCodec, device: str, name: str) -> None:
-        for count in self.COUNTS:
-            values = dict(EDGES)[name](count).to(device)
-            decoded = codec.decode(codec.encode(values, seed=1), count)
-            assert bool(decoded.isfinite().all())
-            if not values.any():
-                assert not decoded.any()
-
-    def test_the_largest_floats_stay_finite(self, codec: ValueCodec, device: str) -> None:
-        largest = torch.finfo(torch.float32).max
-        for values in (torch.full((700,), largest), torch.tensor([largest, -largest, 1.0])):
-            assert bool(codec.decode(codec.encode(values.to(device), seed=1), values.numel()).isfinite().all())
-
-    @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-    def test_what_is_not_finite_crashes_nothing(self, codec: ValueCodec, device: str, bad: float) -> None:
-        for values in (torch.full((700,), bad), torch.ones(700).index_fill_(0, torch.tensor(7), bad)):
-            assert codec.decode(codec.encode(values.to(device), seed=1), 700).shape == (700,)
-
-    def test_it_is_a_contraction(self, codec: ValueCodec, claims: Claims, device: str) -> None:
-        if claims.contraction is None:
-            pytest.skip("no contraction is claimed")
-        kept = 1 - claims.contraction
-
-        @settings(_quick, max_examples=25)
-        @given(st.integers(0, 1000).flatmap(updates))
-        def law(values: Tensor) -> None:
-            decoded = codec.decode(codec.encode(values.to(device), seed=0), values.numel()).cpu()
-            assert _squared_norm(decoded - values) <= kept * _squared_norm(values) * (1 + 1e-5) + 1e-80
-
-        law()
-
-    def test_its_expected_value_is_the_input(self, codec: ValueCodec, claims: Claims, device: str) -> None:
-        assert codec.unbiased is claims.unbiased
-        if not claims.unbiased:
-            pytest.skip("it is not claimed to be unbiased")
-        values = torch.randn(600, generator=torch.Generator().manual_seed(1)).to(device)
-        draws = [codec.decode(codec.encode(values, seed), 600).cpu() for seed in range(1000)]
-        _assert_close_on_average(draws, values.cpu())
-
-    def test_every_bit_of_the_seed_counts(self, codec: ValueCodec, claims: Claims, device: str) -> None:
-        """Ranks and steps share the seed's bits; torch's generator on a CPU ignores half of them."""
-        if not claims.unbiased:
-            pytest.skip("it takes no chances")
-        values = torch.linspace(-1, 1, 512, device=device)
-        plain = codec.encode(values, 5)
-        assert not any(torch.equal(codec.encode(values, 5 ^ (1 << bit)), plain) for bit in range(63))
-
-    def test_it_is_exact(self, codec: ValueCodec, claims: Claims, device: str) -> None:
-        if not claims.exact:
-            pytest.skip("it is not claimed to be exact")
-        values = torch.cat([make(100) for _, make in EDGES]).to(device)
-        assert same(codec.decode(codec.encode(values, seed=0), values.numel()), values)
-
-    def test_other_sizes_are_refused(self, codec: ValueCodec, device: str) -> None:
-        for count in self.COUNTS:
-            size = codec.size(count)
-            for nbytes in {0, 1, size - 1, size + 1, size + 4, 2 * size + 1} - {size, -1}:
-                with pytest.raises(MalformedError):
-                    codec.decode(torch.zeros(nbytes, dtype=torch.uint8, device=device), count)
-        with pytest.raises(MalformedError):
-            codec.decode(torch.zeros(codec.size(8), device=device), 8)
-
-    def test_any_bytes_decode_or_are_refused(self, codec: ValueCodec, device: str) -> None:
-        @settings(_quick, max_examples=25)
-        @given(st.integers(0, 600), st.integers(0, 2**32 - 1))
-        def law(count: int, seed: int) -> None:
-            generator = torch.Generator().manual_seed(seed)
-            data = torch.randint(0, 256, (codec.size(count),), dtype=torch.uint8, generator=generator).to(device)
-            try:
-                decoded = codec.decode(data, count)
-            except MalformedError:
-                return
-            assert (decoded.dtype, decoded.shape) == (torch.float32, (count,))
-
-        law()
 
 
 def _saved_and_loaded(state: State) -> State:
