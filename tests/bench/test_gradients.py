@@ -245,12 +245,13 @@ def test_the_command_prints_rows(monkeypatch: pytest.MonkeyPatch, rows: list[dic
 @pytest.mark.skipif(SlowNetwork.why_not() is not None, reason=f"no slow network here: {SlowNetwork.why_not()}")
 def test_bytes_on_the_line_are_those_of_the_arithmetic() -> None:
     found = run_gradients(GradientOptions(tuple(METHODS), density=0.05, repeats=2, width=8), 3, "1gbit")
+    small = 40_000  # headers and acknowledgements of small messages
     for row in found:
         if row["accounted_bytes"] is not None:
-            assert 0 < row["received_bytes"] / row["accounted_bytes"] - 1 < 0.3
-        if not METHODS[row["method"]].ours and row["theory_bytes"]:
-            assert -0.01 < row["received_bytes"] / row["theory_bytes"] - 1 < 0.2
-            assert row["best_s"] > 0.7 * row["theory_s"]  # no faster than the line
+            assert row["accounted_bytes"] <= row["received_bytes"] < 1.1 * row["accounted_bytes"] + small
+        if not METHODS[row["method"]].ours:
+            assert 0.99 * row["theory_bytes"] <= row["received_bytes"] < 1.1 * row["theory_bytes"] + small
+            assert row["best_s"] >= 0.7 * row["theory_s"]  # no faster than the line
 
 
 # --- the rows that are kept ----------------------------------------------------------------------------------------
