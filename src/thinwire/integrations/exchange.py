@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, Any, Literal, final
 
 import torch
 from torch import Tensor
@@ -53,10 +53,12 @@ class Traffic:
 @final
 @dataclass(frozen=True)
 class LayerBudget:
-    """Shares the elements due over all parameters by their share of the squared gradient norm, anew every ``every``
-    steps; parameters of fewer than ``whole_below`` elements are sent whole (:mod:`thinwire.compress.budget`)."""
+    """Shares the elements due over all parameters, anew every ``every`` steps (:mod:`thinwire.compress.budget`): by
+    their share of the squared gradient norm, or by their ``sensitivity``, the sum of ``|weight * gradient|``.
+    Parameters of fewer than ``whole_below`` elements are sent whole."""
 
     every: int = 50
+    score: Literal["gradient_norm", "sensitivity"] = "gradient_norm"
     minimum: int = 1
     maximum_density: float = 1.0
     whole_below: int = 0
@@ -81,6 +83,7 @@ class Exchange:
         rollback: bool | None = None,
         unused_parameters: bool = False,
         learning_rate_of: Callable[[str], float] | None = None,
+        weight_of: Callable[[str], Tensor] | None = None,
     ) -> None:
         self.feedback = compressor if isinstance(compressor, ErrorFeedback) else None
         self.base = compressor.compressor if isinstance(compressor, ErrorFeedback) else compressor
@@ -91,6 +94,10 @@ class Exchange:
         self.rollback = scaler is not None if rollback is None else rollback
         self.unused_parameters = unused_parameters
         self.reduction = Reduction(self.base, self.feedback, group, mode, learning_rate_of)
+        if layer_budget and layer_budget.score == "sensitivity":
+            if weight_of is None:
+                raise MisuseError("a budget by sensitivity needs the weights; attach() the exchange to a model")
+            self.reduction.weight_of = weight_of
         self.dense_bytes = 0
         self.exchanges = 0
         self.step = 0
@@ -117,7 +124,7 @@ class Exchange:
         known = (Sparsifier, Quantize, LowRank)
         if self.base is not None and not isinstance(self.base, known):
             raise MisuseError(f"no exchange carries {self.base!r}; use a Sparsifier, Quantize or LowRank")
-        if mode in ("split", "gather", "shared") and not isinstance(self.base, Sparsifier):
+        if mode in ("split", "gather", "shared", "mask") and not isinstance(self.base, Sparsifier):
             raise MisuseError(f"mode={mode!r} carries sparse updates; {self.base!r} makes none")
         if self.layer_budget and not (isinstance(self.base, Sparsifier) and self.base.by_parameter):
             raise MisuseError(f"{self.base!r} does not select by parameter; a layer budget needs TopK")
@@ -254,7 +261,7 @@ class Exchange:
         saved = self._loaded_units.pop(keys, None)
         if saved:
             unit.inner, unit.learning_rates = saved["inner"], saved["learning_rates"]
-            unit.carry = Carry(**saved["carry"])
+            unit.carry, unit.mask = Carry(**saved["carry"]), saved["mask"]
         elif "seed" in unit.inner:
             unit.inner["seed"] = self.group.rank
         self._loaded.update(known)  # parameters of a former bucket that are in none yet
@@ -335,7 +342,13 @@ class Exchange:
         for unit in self._units.values():
             parameters.update({key: {n: t.clone() for n, t in part.items()} for key, part in unit.parts().items()})
         units = [
-            {"keys": list(u.keys), "inner": u.inner, "carry": asdict(u.carry), "learning_rates": u.learning_rates}
+            {
+                "keys": list(u.keys),
+                "inner": u.inner,
+                "carry": asdict(u.carry),
+                "mask": u.mask,
+                "learning_rates": u.learning_rates,
+            }
             for u in self._units.values()
         ]
         return {
