@@ -41,11 +41,15 @@ def sparse(function: Callable, compressor: Sparsifier) -> Way:
         positions, after = compressor.select(compensated, dict(state))
         finite = compressor.finite(compensated, positions)
         extra = {"keep": compressor.count(compensated.numel())} if function is split else {}
+        values = compensated.index_select(0, positions)
         if function is shared:
-            extra = {"known": compressor.synchronised}
+            leader = None if compressor.synchronised else carry.step % group.size
+            values, extra = lambda where: compensated[where.long()], {"leader": leader}
+            positions = positions if leader in (None, group.rank) else None
         reduced, carry = function(
-            compensated, positions, finite=finite, compressor=compressor, group=group, carry=carry, **extra
-        )
+            values, positions, compensated.numel(),
+            finite=finite, compressor=compressor, group=group, carry=carry, **extra,
+        )  # fmt: skip
         if reduced is not None:
             state.update(after)
         return reduced, carry
@@ -191,7 +195,9 @@ def test_later_steps_know_the_border_to_an_eighth_of_a_power_of_two() -> None:
         for step in range(3):
             x = updates_of(group.rank, step, n)
             positions, state = compressor.select(x, state)
-            reduced, carry = split(x, positions, finite=True, compressor=compressor, group=group, carry=carry, keep=200)
+            reduced, carry = split(
+                x[positions], positions, n, finite=True, compressor=compressor, group=group, carry=carry, keep=200
+            )
             assert reduced is not None
             got.append(reduced.values.abs())
         return got
@@ -280,7 +286,9 @@ def test_a_rank_that_lies_is_refused_before_anything_is_written(lie: Callable, c
         joined = Liar(group, lie, call) if group.rank == 1 else group
         before = x.clone()
         try:
-            split(x, positions, finite=True, compressor=compressor, group=joined, carry=Carry(), keep=50)  # type: ignore[arg-type]
+            split(
+                x[positions], positions, 1000, finite=True, compressor=compressor, group=joined, carry=Carry(), keep=50
+            )
         except MalformedError as error:
             assert torch.equal(x, before)
             return str(error)

@@ -107,6 +107,76 @@ def test_every_mode_keeps_the_law(mode: str) -> None:
     check_law(results[0][0], [r for _, r in results], true_sum(4, range(5)))
 
 
+@pytest.mark.parametrize("compressor", [*COMPRESSORS[:5], Quantize(Int8())], ids=repr)
+@pytest.mark.parametrize("mode", ["auto", "split", "gather", "shared", "mask"])
+def test_units_that_travel_together_lose_nothing_either(mode: str, compressor: Compressor) -> None:
+    if isinstance(compressor, Quantize) and mode != "auto":
+        pytest.skip("not sparse")
+
+    def work(group: MemoryGroup) -> tuple[Tensor, Tensor, int]:
+        exchange, applied = Exchange(ErrorFeedback(compressor, momentum=0.0), group, mode=mode), torch.zeros(TOTAL)
+        for s in range(5):
+            flat = gradient(group.rank, s)
+            pieces = torch.split(flat, list(SIZES.values()))
+            for key, piece in zip(SHAPES, pieces, strict=True):
+                exchange.add(piece, [key], [SHAPES[key]])
+            assert exchange.pending_numel == TOTAL
+            exchange.flush()
+            applied += flat
+        parts = exchange.state_dict()["parameters"]
+        return applied.double(), torch.cat([parts[key]["residual"] for key in SHAPES]).double(), group.received_bytes
+
+    results = together(3, work)
+    assert all(torch.equal(applied, results[0][0]) for applied, _, _ in results)
+    check_law(results[0][0], [r for _, r, _ in results], true_sum(3, range(5)))
+
+
+def test_what_travels_together_makes_fewer_rounds() -> None:
+    class Counting:
+        def __init__(self, group: MemoryGroup) -> None:
+            self.group, self.rounds = group, 0
+
+        def __getattr__(self, name: str) -> Any:
+            if name in ("all_to_all", "all_gather"):
+                self.rounds += 1
+            return getattr(self.group, name)
+
+    def work(group: MemoryGroup) -> tuple[int, int]:
+        counted = Counting(group)
+        exchange = Exchange(ErrorFeedback(TopK(0.05)), counted, mode="split")  # type: ignore[arg-type]
+        rounds = []
+        for at_once in (True, False):
+            before = counted.rounds
+            for key in SHAPES:
+                exchange.add(torch.ones(SIZES[key]), [key], [SHAPES[key]])
+                if not at_once:
+                    exchange.flush()
+            exchange.flush()
+            rounds.append(counted.rounds - before)
+        return rounds[0], rounds[1]
+
+    for together_rounds, apart in together(2, work):
+        assert apart == len(SHAPES) * together_rounds
+
+
+def test_a_bad_gradient_undoes_all_that_travelled_with_it() -> None:
+    def work(group: MemoryGroup) -> bool:
+        exchange = Exchange(ErrorFeedback(TopK(0.05)), group, mode="split", rollback=True)
+        for s in range(2):
+            before = exchange.state_dict()["parameters"]
+            flats = {key: gradient(group.rank, s)[: SIZES[key]].clone() for key in SHAPES}
+            if s == 1 and group.rank == 0:
+                flats["b"][3] = float("nan")
+            for key, flat in flats.items():
+                exchange.add(flat, [key], [SHAPES[key]])
+            exchange.flush()
+        after = exchange.state_dict()["parameters"]
+        same = all(torch.equal(before[key]["residual"], after[key]["residual"]) for key in SHAPES)
+        return same and all(bool(flat.isnan().all()) for flat in flats.values())
+
+    assert all(together(2, work))
+
+
 def test_a_mask_serves_for_sixteen_steps_and_then_follows_the_gradients() -> None:
     def work(group: MemoryGroup) -> list[tuple[list[int], int]]:
         trainer, seen = Trainer(group, ErrorFeedback(TopK(0.05)), mode="mask"), []

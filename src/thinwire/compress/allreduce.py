@@ -25,7 +25,7 @@ Every function is collective and returns None where some rank's update is not fi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import final
 
@@ -71,7 +71,7 @@ class Carry:
     """What ranks agree on from one step to the next without a message: it follows from what all have received.
 
     ``edges`` are the P + 1 borders of the owners' regions, so placed that each held as many of the last sums;
-    ``threshold`` is the leading bits of the smallest sum kept; ``step`` turns the leader and the rounding.
+    ``threshold`` is the leading bits of the smallest sum kept; ``step`` varies stochastic rounding.
     """
 
     edges: tuple[int, ...] | None = None
@@ -80,8 +80,9 @@ class Carry:
 
 
 def split(
-    compensated: Tensor,
+    values: Tensor,
     positions: Tensor,
+    numel: int,
     *,
     finite: bool,
     compressor: Sparsifier,
@@ -94,25 +95,24 @@ def split(
     """Split-and-reduce with balanced regions and global re-selection.
 
     Args:
-        compensated: float32 ``[n]``; read at ``positions`` only.
-        positions: what this rank selected, int32 ``[k]`` increasing.
+        values: what this rank selected, float32 ``[k]``.
+        positions: where, int32 ``[k]`` increasing, below ``numel``.
         finite: whether this rank's update is; if any rank's is not, the result is None.
         keep: how many sums are kept over all regions.
         importance: float32 ``[parameters]``, factors by which the magnitudes in the parameters that start at
             ``offsets`` are multiplied before they compete, where each parameter has a budget of its own.
     """
-    rank, size, n, codec = group.rank, group.size, compensated.numel(), compressor.codec
+    rank, size, n, codec = group.rank, group.size, numel, compressor.codec
     edges = carry.edges if carry.edges and len(carry.edges) == size + 1 else uniform_edges(n, size, compressor.run)
     seed = _seed(carry, rank)
 
     # 1. To every owner, what this rank selected in its region.
     borders = torch.tensor(edges, dtype=torch.int32, device=positions.device)
     cuts = torch.searchsorted(positions, borders).tolist() if finite else [0] * (size + 1)
-    chosen = compensated.index_select(0, positions)
     outgoing, sent = [], []
     for r in range(size):
         inside = slice(cuts[r], cuts[r + 1])
-        data = codec.encode(chosen[inside], seed)
+        data = codec.encode(values[inside], seed)
         outgoing.append(torch.cat([compressor.pack(positions[inside] - edges[r], edges[r + 1] - edges[r]), data]))
         sent.append(codec.decode(data, cuts[r + 1] - cuts[r]))
     counts = _swap_counts(group, [cuts[r + 1] - cuts[r] if finite else -1 for r in range(size)])
@@ -150,8 +150,9 @@ def split(
 
 
 def gather(
-    compensated: Tensor,
+    values: Tensor,
     positions: Tensor,
+    numel: int,
     *,
     finite: bool,
     compressor: Sparsifier,
@@ -159,12 +160,12 @@ def gather(
     carry: Carry,
 ) -> tuple[Reduced | None, Carry]:
     """All-gather of everybody's packets; nothing is re-selected. Arguments as of :func:`split`."""
-    n, codec = compensated.numel(), compressor.codec
+    n, codec = numel, compressor.codec
     counts = sizes_of(group, positions.numel() if finite else -1)
     if min(counts) < 0:
         return None, carry
     _check_counts(counts, [n] * group.size)
-    data = codec.encode(compensated.index_select(0, positions), _seed(carry, group.rank))
+    data = codec.encode(values, _seed(carry, group.rank))
     message = torch.cat([compressor.pack(positions, n), data])
     parts = group.all_gather(message, _message_sizes(compressor, counts, [n] * group.size))
     where, sums = merge([_parse(compressor, part, counts[r], n) for r, part in enumerate(parts)], n)
@@ -173,35 +174,35 @@ def gather(
 
 
 def shared(
-    compensated: Tensor,
+    values_at: Callable[[Tensor], Tensor],
     positions: Tensor | None,
+    numel: int,
     *,
     finite: bool,
     compressor: Sparsifier,
     group: Group,
     carry: Carry,
-    known: bool = False,
+    leader: int | None,
 ) -> tuple[Reduced | None, Carry]:
     """One set of positions for all, then a reduction of the values alone.
 
-    ``positions`` is needed of the leader (rank ``carry.step % P``); with ``known`` all ranks pass the same ones, and
-    none travel.
+    ``values_at`` gives this rank's values, float32 ``[k]``, at positions that it may not have chosen. ``positions`` is
+    needed of the rank ``leader``; without a leader (None) all ranks pass the same ones, and none travel.
     """
-    n, leader = compensated.numel(), carry.step % group.size
-    mine = positions.numel() if positions is not None else 0
+    n, mine = numel, positions.numel() if positions is not None else 0
     counts = sizes_of(group, mine if finite else -1)
     if min(counts) < 0:
         return None, carry
     _check_counts(counts, [n] * group.size)
-    if not known:
+    if leader is not None:
         count = counts[leader]
         data = compressor.pack(positions, n) if group.rank == leader and positions is not None else None
-        data = _broadcast(group, data, leader, compressor.packed_size(count, n), compensated.device)
+        # The values' device, which a rank that chose nothing knows by asking for none.
+        device = values_at(torch.empty(0, dtype=torch.int32)).device if positions is None else positions.device
+        data = _broadcast(group, data, leader, compressor.packed_size(count, n), device)
         positions = compressor.unpack(data, count, n)
     assert positions is not None, "whoever knows the positions passes them"
-    mean, credits = _reduce_values(
-        compensated.index_select(0, positions), compressor.codec, group, _seed(carry, group.rank)
-    )
+    mean, credits = _reduce_values(values_at(positions), compressor.codec, group, _seed(carry, group.rank))
     moved = tuple(Credit(positions if c.positions is None else positions[c.positions], c.values) for c in credits)
     return Reduced(positions, mean, moved), replace(carry, step=carry.step + 1)
 

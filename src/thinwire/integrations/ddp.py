@@ -60,6 +60,9 @@ class CompressedAllReduce:
             with a scaler.
         unused_parameters: the model has parameters that get no gradient in some steps, as DDP's
             ``find_unused_parameters`` allows; what waits for them is not sent in those (:meth:`attach` sees to it).
+        together_mb: buckets are added to what waits as backward delivers them, and exchanged together once they come
+            to so many MiB of float32, or with the last one. The rounds of an exchange, not its bytes, are what small
+            buckets pay for; less begins earlier, and overlaps more with a long backward.
         timeout_s: after which a rank that does not answer is an error on all others.
 
     Raises:
@@ -84,10 +87,13 @@ class CompressedAllReduce:
         optimizer: "Optimizer | None" = None,
         rollback: bool | None = None,
         unused_parameters: bool = False,
+        together_mb: float = 128.0,
         timeout_s: float = 60.0,
     ) -> None:
         self._group = _joined(group, timeout_s)
         self._optimizer = optimizer
+        self._together = together_mb * (1 << 20) / 4
+        self._waiting: list[tuple[Any, Tensor]] = []  # futures of buckets that have been added
         self._names: dict[int, str] = {}
         self._parameters: dict[str, Tensor] = {}  # holds on to them, so that an id stays one parameter's
         self._exchange = Exchange(
@@ -121,7 +127,7 @@ class CompressedAllReduce:
             done: Future[Tensor] = Future()
             done.set_result(flat)
             return done
-        return exchange._start(flat, keys, shapes)
+        return exchange._start(flat, keys, shapes, last=bucket.is_last())
 
     def attach(self, model: "DistributedDataParallel") -> "CompressedAllReduce":
         """Registers the hook on a DDP model and keeps its parameters by name, so that a saved state fits whatever
@@ -164,7 +170,7 @@ class CompressedAllReduce:
         """
         shapes = {name: tuple(tensor.shape)} if parts is None else dict(parts)
         try:
-            self._start(tensor.view(-1), list(shapes), list(shapes.values()), given).wait()
+            self._start(tensor.view(-1), list(shapes), list(shapes.values()), given, last=True).wait()
         except RuntimeError as error:  # as a future wraps it
             if isinstance(self.error, ThinwireError):
                 raise self.error from None
@@ -224,12 +230,12 @@ class CompressedAllReduce:
     # --- the thread ------------------------------------------------------------------------------------------------
 
     def _start(
-        self, flat: Tensor, keys: list[str], shapes: list[tuple[int, ...]], given: State | None = None
+        self, flat: Tensor, keys: list[str], shapes: list[tuple[int, ...]], given: State | None = None, *, last: bool
     ) -> Future[Tensor]:
         device = flat.device
         future: Future[Tensor] = Future(devices=[device]) if device.type == "cuda" else Future()
         ready = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
-        self._thread.submit(self._run, flat, keys, shapes, given, ready, future)
+        self._thread.submit(self._run, flat, keys, shapes, given, last, ready, future)
         return future.then(self._unwrap)
 
     def _run(
@@ -238,20 +244,26 @@ class CompressedAllReduce:
         keys: list[str],
         shapes: list[tuple[int, ...]],
         given: State | None,
+        last: bool,
         ready: Any,
         future: Any,
     ) -> None:
-        try:
-            if self.error is not None:
-                raise self.error
-            with self._stream(flat.device, ready), torch.no_grad():
-                self._exchange.reduce_(flat, keys, shapes, given)
-                future.set_result(flat)
-        except BaseException as error:  # whatever it is must reach backward, not die with this thread
-            if self.error is None:
-                _log.error("the exchange failed: %s", error)
-            self.error = error
-            future.set_result(flat)
+        self._waiting.append((future, flat))
+        with self._stream(flat.device, ready), torch.no_grad():
+            try:
+                if self.error is not None:
+                    raise self.error
+                self._exchange.add(flat, keys, shapes, given)
+                if not last and self._exchange.pending_numel < self._together:
+                    return
+                self._exchange.flush()
+            except BaseException as error:  # whatever it is must reach backward, not die with this thread
+                if self.error is None:
+                    _log.error("the exchange failed: %s", error)
+                self.error = error
+            waiting, self._waiting = self._waiting, []
+            for done, result in waiting:
+                done.set_result(result)
 
     def _stream(self, device: torch.device, ready: Any) -> Any:
         if device.type != "cuda":

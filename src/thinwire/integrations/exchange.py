@@ -7,9 +7,8 @@ and decides for each unit which of them to use. It blocks; :mod:`thinwire.integr
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, final
 
 import torch
@@ -26,6 +25,7 @@ from thinwire.compress.quantize import Quantize
 from thinwire.compress.schedule import Schedule, Signals
 from thinwire.compress.sparsify import Sparsifier, all_finite
 from thinwire.errors import MisuseError
+from thinwire.integrations.joint import Taken
 from thinwire.integrations.reduction import MODES, Mode, Reduction
 from thinwire.integrations.units import Unit, make_unit, reshard
 from thinwire.tensors.select import fill_sparse_
@@ -62,6 +62,17 @@ class LayerBudget:
     minimum: int = 1
     maximum_density: float = 1.0
     whole_below: int = 0
+
+
+@final
+@dataclass(frozen=True)
+class _Pending:
+    """What was added and not yet exchanged: where the mean goes, the update as float32, what must not be sent."""
+
+    flat: Tensor
+    update: Tensor
+    taken: Taken
+    idle: list[tuple[str, int, Tensor]]
 
 
 @final
@@ -103,6 +114,7 @@ class Exchange:
         self.step = 0
         self._check(mode)
         self._units: dict[tuple[str, ...], Unit] = {}
+        self._pending: list[_Pending] = []
         self._loaded: dict[str, dict[str, Tensor]] = {}
         self._loaded_units: dict[tuple[str, ...], dict[str, Any]] = {}
         self._schedule_state = schedule.init() if schedule else {}
@@ -206,12 +218,21 @@ class Exchange:
     def reduce_(
         self, flat: Tensor, keys: Sequence[str], shapes: Sequence[tuple[int, ...]], given: State | None = None
     ) -> None:
-        """Replaces ``flat``, the gradients of the parameters ``keys`` end to end, by its mean over the ranks. ``given``
-        is added to the compressor's state for this call alone.
+        """Replaces ``flat``, the gradients of the parameters ``keys`` end to end, by its mean over the ranks.
+
+        It is :meth:`add` and :meth:`flush` in one.
+        """
+        self.add(flat, keys, shapes, given)
+        self.flush()
+
+    def add(
+        self, flat: Tensor, keys: Sequence[str], shapes: Sequence[tuple[int, ...]], given: State | None = None
+    ) -> None:
+        """Adds ``flat`` to what waits and selects from it; :meth:`flush` exchanges all that was added. ``given`` is
+        added to the compressor's state for this call alone.
 
         Raises:
-            RetryError: A rank died or did not answer in time. Nothing was written to ``flat``.
-            MalformedError: A rank sent bytes that are not those of an exchange.
+            MisuseError: It is not a dense floating-point gradient.
         """
         if not flat.dtype.is_floating_point or flat.layout != torch.strided:
             raise MisuseError(
@@ -221,6 +242,7 @@ class Exchange:
         if self.group.size == 1 or flat.numel() == 0:
             return
         if not self._seen.isdisjoint(keys):
+            self.flush()
             self.end_step()
         if not self._seen:
             self._scale = float(self.scaler.get_scale()) if self.scaler else 1.0
@@ -235,17 +257,37 @@ class Exchange:
         unit.begin(self.rollback)
         update = flat if flat.dtype == torch.float32 else flat.float()
         self._apply_counts(unit)
-        unit.inner = {**unit.inner, **(given or {})}
-        with self._idle_set_aside(flat, unit):
-            reduced = self.reduction.reduce(update, unit, self._scale, score=self._scoring)
-        unit.inner = {key: value for key, value in unit.inner.items() if key not in (given or {})}
+        idle = self._set_idle_aside(flat, unit)
+        before = unit.inner
+        unit.inner = {**before, **(given or {})}
+        taken = self.reduction.take(update, unit, scale=self._scale, step=self.step, score=self._scoring)
+        unit.inner = before
+        state = {key: value for key, value in taken.state.items() if key not in (given or {})}
+        self._pending.append(_Pending(flat, update, replace(taken, state=state), idle))
         if unit.scores:
             self._scores.update(zip(unit.keys, unit.scores, strict=True))
             unit.scores = ()
-        if reduced is None:
-            self._spoil(flat, update, unit)
-        else:
-            self._write(flat, reduced, unit)
+
+    @property
+    def pending_numel(self) -> int:
+        """Elements that were added since the last :meth:`flush`."""
+        return sum(one.flat.numel() for one in self._pending)
+
+    def flush(self) -> None:
+        """Exchanges what was added and writes the means. Collective.
+
+        Raises:
+            RetryError: A rank died or did not answer in time. Nothing was written.
+            MalformedError: A rank sent bytes that are not those of an exchange.
+        """
+        pending, self._pending = self._pending, []
+        for one, reduced in zip(pending, self.reduction.exchange([one.taken for one in pending]), strict=True):
+            unit = one.taken.unit
+            unit.put_back(one.idle)
+            if reduced is None:
+                self._spoil(one.flat, one.update, unit)
+            else:
+                self._write(one.flat, reduced, unit)
 
     def _unit_of(self, keys: tuple[str, ...], layout: Layout, device: torch.device) -> Unit:
         unit = self._units.get(keys)
@@ -261,7 +303,7 @@ class Exchange:
         saved = self._loaded_units.pop(keys, None)
         if saved:
             unit.inner, unit.learning_rates = saved["inner"], saved["learning_rates"]
-            unit.carry, unit.mask = Carry(**saved["carry"]), saved["mask"]
+            unit.mask, unit.company = saved["mask"], saved["company"]
         elif "seed" in unit.inner:
             unit.inner["seed"] = self.group.rank
         self._loaded.update(known)  # parameters of a former bucket that are in none yet
@@ -284,21 +326,14 @@ class Exchange:
 
     # --- parameters without a gradient -----------------------------------------------------------------------------
 
-    @contextmanager
-    def _idle_set_aside(self, flat: Tensor, unit: Unit) -> Iterator[None]:
+    def _set_idle_aside(self, flat: Tensor, unit: Unit) -> list[tuple[str, int, Tensor]]:
         """What waits for a parameter that no rank used in this step must not be sent: DDP would not apply it."""
         if not self.unused_parameters or unit.residual is None:
-            yield
-            return
+            return []
         pieces = torch.split(flat, list(unit.layout.numels))
         used = torch.tensor([float(piece.any()) for piece in pieces])
         self.group.all_reduce_(used)
-        idle = [i for i, count in enumerate(used.tolist()) if not count]
-        waiting = unit.set_aside(idle)
-        try:
-            yield
-        finally:
-            unit.put_back(waiting)
+        return unit.set_aside([i for i, count in enumerate(used.tolist()) if not count])
 
     # --- results ---------------------------------------------------------------------------------------------------
 
@@ -345,7 +380,7 @@ class Exchange:
             {
                 "keys": list(u.keys),
                 "inner": u.inner,
-                "carry": asdict(u.carry),
+                "company": u.company,
                 "mask": u.mask,
                 "learning_rates": u.learning_rates,
             }
@@ -359,6 +394,7 @@ class Exchange:
             "step": self.step,
             "parameters": parameters,
             "units": units,
+            "carries": [(keys, asdict(carry)) for keys, carry in self.reduction.carries.items()],
             "schedule": self._schedule_state,
             "counts": self._counts,
             "model": asdict(self.reduction.model) if self.reduction.model else None,
@@ -385,6 +421,7 @@ class Exchange:
         self._bad = False
         self._loaded = {key: dict(parts) for key, parts in state["parameters"].items()}
         self._loaded_units = {tuple(unit["keys"]): unit for unit in state["units"]}
+        self.reduction.carries = {keys: Carry(**carry) for keys, carry in state["carries"]}
         self._schedule_state, self._counts, self.step = state["schedule"], dict(state["counts"]), int(state["step"])
         self.reduction.model = CostModel(**state["model"]) if state["model"] else None
         self._set_density()

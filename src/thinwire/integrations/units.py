@@ -14,7 +14,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from thinwire.compress.allreduce import Carry, Credit
+from thinwire.compress.allreduce import Credit
 from thinwire.compress.base import Layout, State
 from thinwire.compress.feedback import ErrorFeedback
 from thinwire.errors import MisuseError
@@ -33,12 +33,12 @@ class Unit:
     inner: State
     residual: Tensor | None = None
     velocity: Tensor | None = None
-    carry: Carry = attribute(default_factory=Carry)
     learning_rates: tuple[float, ...] | None = None
     spare: dict[str, Tensor] = attribute(default_factory=dict)
     undo: dict[str, Any] = attribute(default_factory=dict)
     scores: tuple[float, ...] = ()
     mask: Tensor | None = None
+    company: int = 0  # elements that travelled together with it last time, its own among them
 
     def begin(self, rollback: bool) -> None:
         """Before an exchange: with ``rollback``, remembers what it will change."""
@@ -179,4 +179,5 @@ def _covering(states: Sequence[dict[str, Any]], rank: int, size: int) -> dict[st
                       start=torch.zeros((), dtype=torch.float64)).float()
             for name in parts
         }  # fmt: skip
-    return {**states[0], "rank": rank, "world_size": size, "parameters": parameters, "units": [], "model": None}
+    shared: dict[str, Any] = {"parameters": parameters, "units": [], "carries": [], "model": None}
+    return {**states[0], "rank": rank, "world_size": size, **shared}
