@@ -7,7 +7,7 @@ MODEL ?= tiny
 WORKERS ?= auto
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-data fuzz lint types format bench bench-real bench-follow clean
+.PHONY: help setup demo test test-slow test-data test-gpu fuzz lint types format bench bench-real bench-follow bench-accuracy clean
 
 help: ## what there is
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -42,7 +42,10 @@ test: $(VENV)/.dev ## the default tests
 test-slow: $(VENV)/.dev ## the tests that take minutes
 	$(PYTHON) -m pytest -m 'slow and not data' --timeout 1800
 
-test-data: $(VENV)/.dev $(VENV)/.smollm2 ## the tests that need a downloaded model
+test-gpu: $(VENV)/.dev ## the tests that need a CUDA device
+	$(PYTHON) -m pytest -m gpu --timeout 1800
+
+test-data: $(VENV)/.dev $(VENV)/.smollm2 ## the tests that need a downloaded model, or data sets under THINWIRE_DATA
 	$(PYTHON) -m pytest -m data --timeout 1800
 
 fuzz: $(VENV)/.dev ## feed the readers noise for FUZZ_S seconds (atheris, coverage-guided)
@@ -69,6 +72,9 @@ bench-follow: $(VENV)/.dev ## 300 versions, 3 consumers that are killed and come
 
 bench-real: $(VENV)/.dev $(VENV)/.smollm2 ## 20 GRPO steps of SmolLM2-135M
 	$(PYTHON) -m thinwire bench real
+
+bench-accuracy: $(VENV)/.dev ## accuracy under compression, even and skewed shards; DATA=digits
+	$(PYTHON) -m thinwire bench accuracy --data $(or $(DATA),digits)
 
 clean: ## remove what make and the tools have made
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

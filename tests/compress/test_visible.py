@@ -139,9 +139,9 @@ def test_all_ranks_together_lose_nothing(way: str, density: float) -> None:
             positions, state = compressor.select(residual, state | {"reference": reference})
             options = {"finite": True, "compressor": compressor, "group": group, "carry": carry}
             if way == "split":
-                reduced, carry = split(residual, positions, keep=compressor.count(n), **options)  # type: ignore[arg-type]
+                reduced, carry = split(residual[positions], positions, n, keep=compressor.count(n), **options)  # type: ignore[arg-type]
             else:
-                reduced, carry = gather(residual, positions, **options)  # type: ignore[arg-type]
+                reduced, carry = gather(residual[positions], positions, n, **options)  # type: ignore[arg-type]
             assert reduced is not None
             assert reduced.positions is not None
             mean = torch.zeros(n)

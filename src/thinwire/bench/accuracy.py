@@ -30,7 +30,7 @@ from thinwire.lab.vision.data import Images
 from thinwire.lab.vision.models import SimpleCNN, resnet18
 from thinwire.lab.vision.shards import epoch_order, make_shards
 
-__all__ = ["VARIANTS", "AccuracyOptions", "run_accuracy", "summarise"]
+__all__ = ["VARIANTS", "AccuracyOptions", "matrix", "run_accuracy", "summarise"]
 
 Row = dict[str, Any]
 VARIANTS = ("dense", "feedback", "corrected", "no feedback", "averaged residual")
@@ -191,6 +191,7 @@ def run_accuracy(options: AccuracyOptions, images: Images, *, report: Callable[[
         **asdict(options),
         "train": len(images.train_labels),
         "test": len(images.test_labels),
+        "classes": images.classes,
         "accuracy": accuracies[-1],
         "accuracies": accuracies,
         "residual_norms": norms,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from thinwire.bench.accuracy_report import accuracy
 from thinwire.bench.selection_cli import selection
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["app"]
 
 app = typer.Typer(help="Measure thinwire beside what others send.", no_args_is_help=True, add_completion=False)
+app.command()(accuracy)
 app.command()(selection)
 
 

@@ -89,7 +89,7 @@ class Sparsifier(Compressor):
 
     def init(self, layout: Layout, device: torch.device | str = "cpu") -> State:
         del device
-        return {"numel": layout.numel, "offsets": list(layout.offsets), "step": 0, "seed": 0, "hint": None}
+        return {"numel": layout.numel, "offsets": list(layout.offsets), "step": 0, "seed": 0, "threshold": None}
 
     @abstractmethod
     def select(self, update: Tensor, state: State) -> tuple[Tensor, State]:
@@ -196,8 +196,8 @@ class TopK(Sparsifier):
     def select(self, update: Tensor, state: State) -> tuple[Tensor, State]:
         if state.get("counts") is not None:
             return self._select_by_parameter(update, state)
-        selection = top_k(update, self.count(update.numel()), hint=state["hint"])
-        return selection.indices, {**state, "step": state["step"] + 1, "hint": selection.threshold}
+        selection = top_k(update, self.count(update.numel()))
+        return selection.indices, {**state, "step": state["step"] + 1}
 
     def accumulate(
         self,
@@ -217,26 +217,24 @@ class TopK(Sparsifier):
             update,
             residual,
             self.count(update.numel()),
-            hint=state["hint"],
             gradient_scale=update_scale,
             residual_scale=residual_scale,
             out=out,
         )
         if not selection.finite:
             return selection.indices[:0], False, state
-        return selection.indices, True, {**state, "step": state["step"] + 1, "hint": selection.threshold}
+        return selection.indices, True, {**state, "step": state["step"] + 1}
 
     @staticmethod
     def _select_by_parameter(update: Tensor, state: State) -> tuple[Tensor, State]:
         offsets = [*state["offsets"], update.numel()]
-        hints = state.get("hints") or [None] * (len(offsets) - 1)
         chosen, thresholds = [], []
-        for start, stop, count, hint in zip(offsets[:-1], offsets[1:], state["counts"], hints, strict=True):
-            selection = top_k(update[start:stop], count, hint=hint)
+        for start, stop, count in zip(offsets[:-1], offsets[1:], state["counts"], strict=True):
+            selection = top_k(update[start:stop], count)
             chosen.append(selection.indices + start)
             thresholds.append(selection.threshold)
         positions = torch.cat(chosen) if chosen else torch.empty(0, dtype=torch.int32, device=update.device)
-        return positions, {**state, "step": state["step"] + 1, "hints": thresholds}
+        return positions, {**state, "step": state["step"] + 1, "thresholds": thresholds}
 
 
 @final
@@ -255,13 +253,13 @@ class Threshold(Sparsifier):
     def select(self, update: Tensor, state: State) -> tuple[Tensor, State]:
         due = self.count(update.numel())
         after = {**state, "step": state["step"] + 1}
-        if due and state["hint"] and state["step"] % self.every:
-            positions = at_least(update, state["hint"])
+        if due and state["threshold"] and state["step"] % self.every:
+            positions = at_least(update, state["threshold"])
             if due / 2 <= positions.numel() <= 2 * due:
                 # Gradients have heavy tails: the count falls about as the threshold's cube around 1 %.
-                return positions, {**after, "hint": state["hint"] * (positions.numel() / due) ** (1 / 3)}
-        selection = top_k(update, due, hint=state["hint"])
-        return selection.indices, {**after, "hint": selection.threshold}
+                return positions, {**after, "threshold": state["threshold"] * (positions.numel() / due) ** (1 / 3)}
+        selection = top_k(update, due)
+        return selection.indices, {**after, "threshold": selection.threshold}
 
 
 @final
@@ -283,9 +281,8 @@ class BlockTopK(Sparsifier):
     def select(self, update: Tensor, state: State) -> tuple[Tensor, State]:
         norms = block_norms(update, self.block)
         count = min(norms.numel(), -(-self.count(update.numel()) // self.block))
-        selection = top_k(norms, count, hint=state["hint"])
-        positions = expand_runs(selection.indices, self.block, update.numel())
-        return positions, {**state, "step": state["step"] + 1, "hint": selection.threshold}
+        positions = expand_runs(top_k(norms, count).indices, self.block, update.numel())
+        return positions, {**state, "step": state["step"] + 1}
 
 
 def block_norms(update: Tensor, block: int) -> Tensor:

@@ -251,7 +251,7 @@ def _importance(taken: Sequence[Taken]) -> Tensor | None:
     """Where each parameter has its own count, magnitudes compete relative to their parameter's threshold."""
     inverse: list[float] = []
     for one in taken:
-        thresholds = one.state.get("hints")
+        thresholds = one.state.get("thresholds")
         if one.unit.inner.get("counts") is None or not thresholds:
             return None
         inverse += [1.0 / t if 0 < t < float("inf") else 1.0 for t in thresholds]

@@ -306,12 +306,16 @@ def at_least(x: Floats, threshold: float, *, cap: int | None, threads: int) -> I
 
 def fill_sparse(out: Floats, indices: Indices, values: Floats, *, threads: int) -> bool:
     """Zero ``out`` and write ``values`` at ``indices``; False if these do not increase strictly within ``out``."""
-    with _team(out.size, threads) as team:
-        edges = np.searchsorted(indices, [*(first for first, _ in team.bounds), out.size])
-        parts = team.cut(out)
+    lead = min(out.size, -out.ctypes.data % 64 // 4)  # what lies before the first whole line of the cache
+    with _team(out.size - lead, threads) as team:
+        starts = [lead + first for first, _ in team.bounds]
+        edges = np.searchsorted(indices, [*starts, out.size])
+        parts = team.cut(out[lead:])
 
         def work(s: int) -> int:
             chosen = slice(edges[s], edges[s + 1])
-            return int(fill(parts[s], team.bounds[s][0], indices[chosen], values[chosen], _aligned(out)))
+            return int(fill(parts[s], starts[s], indices[chosen], values[chosen], _aligned(parts[s])))
 
-        return sum(team.each(work)) == indices.size
+        done = sum(team.each(work))
+    first = slice(0, edges[0])
+    return done + int(fill(out[:lead], 0, indices[first], values[first], False)) == indices.size
