@@ -234,22 +234,23 @@ def _test(model: nn.Module, images: Images, bfloat16: bool) -> float:
 
 
 def summarise(rows: Sequence[Row]) -> list[Row]:
-    """One line for each variant and skew: mean accuracy over seeds, its standard error, and how far below dense it is,
+    """One line for each skew, variant and warm-up of the density: mean accuracy over seeds, its standard error, and how far below dense it is,
     seed by seed, in points."""
     lines = []
     for skew in sorted({row["skew"] for row in rows}):
         here = [row for row in rows if row["skew"] == skew]
         dense = {row["seed"]: row["accuracy"] for row in here if row["variant"] == "dense"}
-        for variant in VARIANTS:
-            found = [row for row in here if row["variant"] == variant]
-            if not found:
-                continue
+        kinds = {(VARIANTS.index(row["variant"]), row.get("density_warmup", 0.0)) for row in here}
+        for index, warmup in sorted(kinds):
+            variant = VARIANTS[index]
+            found = [row for row in here if (row["variant"], row.get("density_warmup", 0.0)) == (variant, warmup)]
             values = [100 * row["accuracy"] for row in found]
             below = [100 * (dense[row["seed"]] - row["accuracy"]) for row in found if row["seed"] in dense]
             lines.append(
                 {
                     "variant": variant,
                     "skew": skew,
+                    "density_warmup": None if variant == "dense" else warmup,
                     "seeds": len(found),
                     "accuracy": mean(values),
                     "error": stdev(values) / sqrt(len(values)) if len(values) > 1 else None,

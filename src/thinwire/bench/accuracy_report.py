@@ -32,7 +32,8 @@ def _cells(rows: Sequence[Row]) -> list[list[str]]:
 
     return [
         [
-            f"{100 * line['skew']:.0f} %", line["variant"], str(line["seeds"]),
+            f"{100 * line['skew']:.0f} %", line["variant"],
+            "" if line["density_warmup"] is None else f"{100 * line['density_warmup']:.0f} %", str(line["seeds"]),
             points(line["accuracy"], line["error"]), points(line["below_dense"], line["below_error"]),
             f"{100 * line['received_share']:.1f} %",
         ]
@@ -40,7 +41,7 @@ def _cells(rows: Sequence[Row]) -> list[list[str]]:
     ]  # fmt: skip
 
 
-_HEADING = ("label skew", "variant", "seeds", "accuracy %", "points below dense", "bytes received")
+_HEADING = ("label skew", "variant", "density warm-up", "seeds", "accuracy %", "points below dense", "bytes received")
 
 
 def accuracy_table(rows: Sequence[Row]) -> Table:
@@ -54,7 +55,7 @@ def accuracy_table(rows: Sequence[Row]) -> Table:
 
 
 def accuracy_markdown(rows: Sequence[Row]) -> str:
-    lines = ["| " + " | ".join(_HEADING) + " |", "| --- | --- | ---: | ---: | ---: | ---: |"]
+    lines = ["| " + " | ".join(_HEADING) + " |", "| --- | --- | ---: | ---: | ---: | ---: | ---: |"]
     return "\n".join([*lines, *("| " + " | ".join(cells) + " |" for cells in _cells(rows))])
 
 
