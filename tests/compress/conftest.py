@@ -4,4 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-pytest.register_assert_rewrite("thinwire.testing.codecs", "thinwire.testing.compressors", "thinwire.testing.laws")
+pytest.register_assert_rewrite(
+    "thinwire.testing.codecs", "thinwire.testing.compressors", "thinwire.testing.laws", "thinwire.testing.groups"
+)

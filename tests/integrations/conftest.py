@@ -6,8 +6,6 @@ import pytest
 
 from tests.integrations.pool import RankPool
 
-pytest.register_assert_rewrite("thinwire.testing.groups")
-
 
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[RankPool]:
