@@ -234,8 +234,8 @@ def _test(model: nn.Module, images: Images, bfloat16: bool) -> float:
 
 
 def summarise(rows: Sequence[Row]) -> list[Row]:
-    """One line for each skew, variant and warm-up of the density: mean accuracy over seeds, its standard error, and how far below dense it is,
-    seed by seed, in points."""
+    """One line for each skew, variant and warm-up of the density: mean accuracy over seeds, its standard error, and how
+    far below dense it is, seed by seed, in points."""
     lines = []
     for skew in sorted({row["skew"] for row in rows}):
         here = [row for row in rows if row["skew"] == skew]
