@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from thinwire.bench.accuracy_report import accuracy_markdown
+from thinwire.bench.gradients import gradients_markdown
 from thinwire.bench.markdown import codec_markdown, real_markdown
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,6 +30,24 @@ def test_the_table_of_real_versions_is_that_of_the_rows() -> None:
     found = rows("real-smollm2.jsonl")
     assert real_markdown(found) in DOCS
     assert all(level["exact"] for row in found for level in row["thinwire"].values())
+
+
+GRADIENTS = (ROOT / "docs" / "gradients.md").read_text()
+
+
+def test_the_tables_of_exchanges_are_those_of_the_rows() -> None:
+    assert gradients_markdown(rows("gradients-8x1gbit-2-cores.jsonl")) in GRADIENTS
+    buckets = [row for row in rows("gradients-8x1gbit.jsonl") if len(row["buckets"]) > 1]
+    assert gradients_markdown(buckets) in GRADIENTS
+    for density in ("0.1", "0.01", "0.001"):
+        for row in rows(f"gradients-density-{density}.jsonl"):
+            if row["method"] != "fp32":
+                assert f"| {1000 * row['median_s']:.0f} |" in GRADIENTS
+
+
+@pytest.mark.parametrize("data", ["mnist", "cifar10"])
+def test_the_tables_of_accuracy_are_those_of_the_rows(data: str) -> None:
+    assert accuracy_markdown(rows(f"accuracy-{data}.jsonl")) in GRADIENTS
 
 
 def test_the_run_under_kills_was_clean() -> None:

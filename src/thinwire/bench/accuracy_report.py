@@ -98,9 +98,12 @@ def accuracy_figure(rows: Sequence[Row], path: Path) -> None:
             axis.grid(alpha=0.25)
     axes[0][0].set_ylabel("test accuracy (%)")
     axes[1][0].set_ylabel("norm of worker 0's residual")
-    axes[0][-1].legend(loc="lower right", fontsize=8)
+    handles = {
+        label: handle for axis in axes[0] for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(handles.values(), handles.keys(), loc="lower center", ncol=len(handles), fontsize=8, frameon=False)
     figure.suptitle(_title(rows) + ".\nLines: mean over seeds; bands: from worst to best seed.", fontsize=9)
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0.03, 1, 1))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     plt.close(figure)
