@@ -311,7 +311,7 @@ def test_unlike_compressors_are_refused_before_training(ranks: RankPool) -> None
 
 def dying() -> tuple[str, str]:
     model = network()
-    exchange = CompressedAllReduce(ErrorFeedback(TopK(0.05)), mode="split", timeout_s=5.0)
+    exchange = CompressedAllReduce(ErrorFeedback(TopK(0.05)), mode="split", timeout_s=30.0)
     ddp = wrap(model, exchange)
     train(ddp, range(2))
     if dist.get_rank() == 2:

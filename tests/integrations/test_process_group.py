@@ -21,6 +21,8 @@ def on_a_group(work: Callable[[Group], Any], timeout_s: float) -> Any:
 
 
 class TestTorchGroup(GroupContract):
+    patience_s = 20.0
+
     @pytest.fixture(autouse=True)
     def _pool(self, ranks: RankPool) -> None:
         self.ranks = ranks

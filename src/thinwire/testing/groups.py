@@ -80,6 +80,8 @@ class GroupContract:
     """What every group must do, for several sizes."""
 
     sizes = (1, 2, 3, 4)
+    patience_s = 2.0
+    """Time-out where a rank stays away; long enough for a group to come about on a busy machine."""
 
     def run(self, size: int, work: Callable[[Group], Any], timeout_s: float = 30.0) -> list[Any]:
         raise NotImplementedError
@@ -116,6 +118,6 @@ class GroupContract:
             assert self.run(size, nothing_at_all) == [[0] * size] * size
 
     def test_a_rank_that_does_not_come_is_an_error_on_the_others(self) -> None:
-        *others, last = self.run(3, leave_early, timeout_s=2.0)
+        *others, last = self.run(3, leave_early, timeout_s=self.patience_s)
         assert last == "left"
         assert all("start" in message for message in others), others
