@@ -268,7 +268,7 @@ def overflow(rank: int, flat: Tensor) -> None:
 def test_a_step_that_overflows_leaves_the_residual_bit_for_bit(compressor: Compressor) -> None:
     def work(group: MemoryGroup) -> tuple[bool, Tensor, Tensor]:
         scaler = Scaler(2.0**10)
-        trainer = Trainer(group, ErrorFeedback(compressor, momentum=0.5), scaler=scaler)
+        trainer = Trainer(group, ErrorFeedback(compressor, momentum=0.5), scaler=scaler, mode=fixed(compressor))
         trainer.step(0, scale=scaler.scale)
         trainer.step(1, scale=scaler.scale)
         before = trainer.residual()
@@ -284,8 +284,13 @@ def test_a_step_that_overflows_leaves_the_residual_bit_for_bit(compressor: Compr
     assert torch.equal(results[0][1], plain[0]), "the scale is a power of two, so not a bit may differ"
 
 
+def fixed(compressor: Compressor) -> str:
+    """A mode that does not follow from how busy the machine is."""
+    return "split" if isinstance(compressor, TopK) else "auto"
+
+
 def skipping(group: MemoryGroup, compressor: Compressor) -> Tensor:
-    trainer = Trainer(group, ErrorFeedback(compressor, momentum=0.5))
+    trainer = Trainer(group, ErrorFeedback(compressor, momentum=0.5), mode=fixed(compressor))
     for s in (0, 1, 3):
         trainer.step(s)
     return trainer.applied
