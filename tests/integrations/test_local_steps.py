@@ -16,6 +16,7 @@ from tests.compress.ranks import together
 from tests.integrations.pool import RankPool
 from thinwire.compress import BlockTopK, Compressor, ErrorFeedback, Int8, LowRank, Quantize, TopK
 from thinwire.compress.group import Group, MemoryGroup
+from thinwire.compress.sparsify import Sparsifier
 from thinwire.compress.visible import VisibleTopK
 from thinwire.errors import MisuseError
 from thinwire.integrations.ddp import CompressedAllReduce
@@ -72,13 +73,15 @@ class Worker:
         optimizer: Callable[[Any], torch.optim.Optimizer] = sgd,
         dtype: torch.dtype = torch.float32,
         device: str = "cpu",
-        mode: Any = "auto",
+        mode: Any = None,
         **options: Any,
     ) -> None:
         self.rank = group.rank if group else torch.distributed.get_rank()
         self.model = make(dtype, device)
         self.dtype, self.device = dtype, device
         self.optimizer = optimizer(self.model.parameters())
+        sparse = isinstance(getattr(compressor, "compressor", compressor), Sparsifier)
+        mode = mode or ("split" if sparse else "auto")  # auto follows how busy the machine is
         self.exchange = CompressedAllReduce(compressor, group=group, mode=mode)
         self.outer = LocalSteps(self.model, self.optimizer, self.exchange, **{"every": 3, **options})
 
