@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 from thinwire.bench.accuracy import VARIANTS, AccuracyOptions, matrix, run_accuracy, summarise
 from thinwire.bench.accuracy_report import accuracy_figure, accuracy_markdown
@@ -51,4 +50,3 @@ def test_the_summary_compares_seed_by_seed() -> None:
 def test_an_unknown_variant_is_refused() -> None:
     with pytest.raises(MisuseError, match="feedback"):
         run_accuracy(AccuracyOptions(variant="magic"), load_images("digits"))
-    assert torch.get_num_threads() >= 1
