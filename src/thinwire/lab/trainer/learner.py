@@ -18,7 +18,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from thinwire.errors import MalformedError
 from thinwire.integrations.ddp import CompressedAllReduce
+from thinwire.lab.trainer.aggregation import Standing, make_aggregate, standing
 from thinwire.lab.trainer.compression import compressor_of, schedule_of
+from thinwire.lab.trainer.faults import Fault, PastWeights
 from thinwire.lab.trainer.options import TrainingOptions
 from thinwire.lab.trainer.schedule import learning_rate
 from thinwire.lab.trainer.workers import Workers
@@ -61,14 +63,21 @@ class Learner:
 
     ``step`` numbers count from 0 and the learning rate follows from them, so no schedule has a state. Without
     compression gradients go through DDP's own all-reduce, and ``received`` and ``sent`` are its ring's by computation;
-    with it they are the exchange's own accounting.
+    with it they are the exchange's own accounting. ``past`` is the largest delay of a :class:`Fault` that may come.
 
     Raises:
         MisuseError: the workers were started with different options.
     """
 
     def __init__(
-        self, model: nn.Module, options: TrainingOptions, workers: Workers, *, steps: int, warmup_steps: int
+        self,
+        model: nn.Module,
+        options: TrainingOptions,
+        workers: Workers,
+        *,
+        steps: int,
+        warmup_steps: int,
+        past: int = 0,
     ) -> None:
         self.model = model
         self._options, self._workers = options, workers
@@ -76,6 +85,8 @@ class Learner:
         self.optimizer = make_optimizer(model, options)
         device = workers.device.type
         self._scaler = torch.amp.GradScaler(device, enabled=options.precision == "float16")
+        self._past = PastWeights(model, past) if past else None
+        self._aggregate: Any = make_aggregate(options)
         self._ddp: DistributedDataParallel | None = None
         self._exchange: CompressedAllReduce | None = None
         self._before = Bytes()
@@ -88,7 +99,7 @@ class Learner:
         ids = [device.index] if device.type == "cuda" else None
         self._ddp = DistributedDataParallel(self.model, device_ids=ids, bucket_cap_mb=options.bucket_mb)
         compressor = compressor_of(options)
-        if compressor is not None:
+        if compressor is not None or self._aggregate is not None:
             self._exchange = CompressedAllReduce(
                 compressor,
                 mode=options.mode,  # type: ignore[arg-type]
@@ -96,6 +107,7 @@ class Learner:
                 scaler=self._scaler if self._scaler.is_enabled() else None,
                 optimizer=self.optimizer,
                 timeout_s=options.timeout_s,
+                **({} if self._aggregate is None else {"aggregate": self._aggregate}),
             ).attach(self._ddp)
         weights = sum(weight.numel() for weight in self.model.parameters() if weight.requires_grad)
         self._ring_bytes = 2 * (self._workers.size - 1) * 4 * weights // self._workers.size
@@ -115,16 +127,23 @@ class Learner:
 
     # --- learning --------------------------------------------------------------------------------------------------
 
-    def step(self, number: int, parts: Sequence[Part], loss_of: Callable[[nn.Module, Part], Tensor]) -> Step:
+    def step(
+        self,
+        number: int,
+        parts: Sequence[Part],
+        loss_of: Callable[[nn.Module, Part], Tensor],
+        fault: Fault = Fault(),  # noqa: B008, it is frozen
+    ) -> Step:
         """Learn from a batch, given as ``parts`` of equal size; ``loss_of`` gives the mean loss of one.
 
-        Gradients are exchanged once, with the last part.
+        Gradients are exchanged once, with the last part. ``fault`` is what this worker's has.
         """
         started = time.perf_counter()
         lr = learning_rate(self._options, number, self._steps, self._warmup_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        loss = self._backward(parts, loss_of)
+        with nullcontext() if self._past is None else self._past.step(fault.delay):
+            loss = self._backward(parts, loss_of, fault.sign)
         density = self._density()  # the exchange moves it as a step begins
         if self._options.clip_norm:
             self._scaler.unscale_(self.optimizer)
@@ -138,7 +157,9 @@ class Learner:
         moved, self._before = now - self._before, now
         return Step(value, lr, density, moved, time.perf_counter() - started)
 
-    def _backward(self, parts: Sequence[Part], loss_of: Callable[[nn.Module, Part], Tensor]) -> Tensor:
+    def _backward(
+        self, parts: Sequence[Part], loss_of: Callable[[nn.Module, Part], Tensor], sign: float = 1.0
+    ) -> Tensor:
         """Gradients of the mean loss over all parts, averaged over the workers; returns that loss of this one."""
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self._workers.device)
@@ -149,15 +170,25 @@ class Learner:
                 with self.autocast():
                     loss = loss_of(self.model if self._ddp is None else self._ddp, part) / len(parts)
                 total += loss.detach()
-                if last and self._exchange is not None and self._options.density_warmup_steps:
+                if last and self._exchange is not None and self._observes:
                     self._exchange.observe(loss=total)
-                scaled: Tensor = self._scaler.scale(loss)
+                scaled: Tensor = self._scaler.scale(loss * sign)
                 torch.autograd.backward(scaled)
         return total
+
+    @property
+    def _observes(self) -> bool:
+        """Whether the exchange follows the loss; on a GPU, telling it waits for the forward."""
+        return self._aggregate is not None or self._options.density_warmup_steps > 0
 
     def _density(self) -> float:
         found = self._exchange.density if self._exchange is not None else None
         return 1.0 if found is None else found
+
+    @property
+    def standing(self) -> Standing:
+        """What each worker counted for in the last step, and why."""
+        return standing(self._exchange, self._workers.size)
 
     @property
     def bytes(self) -> Bytes:
@@ -186,6 +217,7 @@ class Learner:
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state(self._workers.device) if cuda else None,
             "exchange": self._exchange.state_dict() if self._exchange is not None else None,
+            "past": None if self._past is None else self._past.state(),
             "pending": astuple(self.bytes - self._before),  # of what state_dict() had to settle
         }
 
@@ -223,6 +255,8 @@ class Learner:
             if len(own) == size:
                 self._before -= Bytes(*own[rank]["pending"])
                 torch.set_rng_state(own[rank]["rng"])
+                if self._past is not None and own[rank].get("past") is not None:
+                    self._past.load(own[rank]["past"])
                 if own[rank]["cuda_rng"] is not None and self._workers.device.type == "cuda":
                     torch.cuda.set_rng_state(own[rank]["cuda_rng"], self._workers.device)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from thinwire.errors import MisuseError
 from thinwire.lab.config import check, option
 
-__all__ = ["COMPRESSORS", "LOGS", "TrainingOptions"]
+__all__ = ["AGGREGATION", "COMPRESSORS", "LOGS", "TrainingOptions"]
 
 COMPRESSORS = (
     "none", "topk", "threshold", "randomk", "blocktopk", "sign", "qsgd", "int8", "fp8", "powersgd",
 )  # fmt: skip
 LOGS = ("jsonl", "tensorboard", "wandb")
+AGGREGATION = "Aggregation"
 _OPTIMISATION, _COMPRESSION, _MACHINE, _RUN = "Optimisation", "Gradient compression", "Machine", "Run"
 
 
@@ -59,6 +60,9 @@ class TrainingOptions:
                                       "--momentum 0.", _COMPRESSION, least=0, below=1)  # fmt: skip
     density_warmup_steps: int = option(0, "Steps in which the density falls to its value.", _COMPRESSION, least=0)
 
+    aggregate: str = option("uniform", "How the workers' gradients become one; uniform: their mean.", AGGREGATION)
+    signal: str = option("loss_ema", "What aggregate signal weights the workers by; several with commas.", AGGREGATION)
+
     workers: int = option(1, "Processes to start on this machine; under torchrun, torchrun says it.", _MACHINE,
                           least=1, most=1024)  # fmt: skip
     device: str = option("auto", "Where to compute.", _MACHINE, choices=("auto", "cpu", "cuda"))
@@ -66,7 +70,6 @@ class TrainingOptions:
                           choices=("auto", "gloo", "nccl"))  # fmt: skip
     precision: str = option("float32", "Type of the activations (autocast); float16 scales the loss.", _MACHINE,
                             choices=("float32", "bfloat16", "float16"))  # fmt: skip
-    channels_last: bool = option(False, "Lay out filters as tensor cores like them.", _MACHINE)
     deterministic: bool = option(False, "On CUDA, kernels whose result does not vary (a CPU's never does).", _MACHINE)
     bucket_mb: float = option(25.0, "Size of the buckets in which gradients are exchanged.", _MACHINE, above=0)
     timeout_s: float = option(300.0, "Longest wait for another worker.", _MACHINE, above=0)
@@ -80,6 +83,7 @@ class TrainingOptions:
     stop_after: int | None = option(None, "Stop with a checkpoint after so many steps of the whole run.", _RUN, least=1)
     log: str = option("jsonl", f"Where metrics go, in --out: {', '.join(LOGS)}; several with commas.", _RUN)
     print_every: int = option(50, "Steps between lines where there is no terminal.", _RUN, least=1)
+    live: bool = option(False, "Show every worker's loss, signal, weight and speed, and log them.", _RUN)
 
     def __post_init__(self) -> None:
         check(self)
@@ -109,6 +113,11 @@ class TrainingOptions:
     def logs(self) -> tuple[str, ...]:
         """The names in ``log``."""
         return tuple(name.strip() for name in self.log.split(",") if name.strip())
+
+    @property
+    def signals(self) -> tuple[str, ...]:
+        """The names in ``signal``."""
+        return tuple(name.strip() for name in self.signal.split(",") if name.strip())
 
     @property
     def peak_lr(self) -> float:

@@ -45,6 +45,15 @@ class Workers:
         dist.all_reduce(total)
         return [float(x) for x in total.tolist()]
 
+    def gather(self, values: Sequence[float]) -> list[list[float]]:
+        """Every worker's ``values`` (as many on each), by rank, in float64."""
+        if self.size == 1:
+            return [list(values)]
+        own = torch.tensor(values, dtype=torch.float64, device=self.device)
+        all_of_them = [torch.empty_like(own) for _ in range(self.size)]
+        dist.all_gather(all_of_them, own)
+        return [[float(x) for x in row.tolist()] for row in all_of_them]
+
     def copy_buffers(self, model: torch.nn.Module) -> None:
         """Take rank 0's buffers (BatchNorm's running statistics), as DDP does before each forward."""
         if self.size > 1:

@@ -44,6 +44,7 @@ class VisionConfig(TrainingOptions):
     stem: str = option("auto", "First layers of a ResNet; auto: cifar below 64 pixels, else imagenet.", _TASK,
                        choices=("auto", "cifar", "imagenet"))  # fmt: skip
     zero_init_residual: bool = option(False, "Start each residual branch of a ResNet at zero.", _TASK)
+    channels_last: bool = option(False, "Lay out filters as tensor cores like them.", _TASK)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,7 +1,7 @@
 """Which worker learns from which samples, and in which order.
 
 Shards are disjoint and of equal size, so that all workers make the same number of steps; up to ``workers - 1`` samples
-are left out. Everything depends on the seed alone: the place in an epoch is all that a checkpoint needs.
+are left out. Everything depends on the seed alone.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from thinwire.errors import MisuseError
+from thinwire.lab.trainer.order import epoch_order, mixed_seed
 
-__all__ = ["epoch_order", "make_shards"]
+__all__ = ["epoch_order", "make_shards", "mixed_seed"]
 
 
 def make_shards(labels: Tensor, workers: int, *, skew: float, seed: int) -> list[Tensor]:
@@ -44,24 +45,3 @@ def make_shards(labels: Tensor, workers: int, *, skew: float, seed: int) -> list
     rest = torch.cat(pool)
     rest = rest[torch.randperm(len(rest), generator=generator)]
     return [torch.cat(both) for both in zip(kept, rest.chunk(workers) if len(rest) else pool, strict=True)]
-
-
-def epoch_order(shard: Tensor, *, epoch: int, rank: int, seed: int) -> Tensor:
-    """``shard`` as worker ``rank`` goes through it in ``epoch``, another way in each."""
-    generator = torch.Generator().manual_seed(mixed_seed(seed, rank, epoch))
-    return shard[torch.randperm(len(shard), generator=generator)]
-
-
-def mixed_seed(*numbers: int) -> int:
-    """One seed of several numbers, all of them well mixed (SplitMix64's finaliser; Steele et al. 2014).
-
-    >>> mixed_seed(1, 2) == mixed_seed(1, 2), mixed_seed(1, 2) == mixed_seed(2, 1)
-    (True, False)
-    """
-    state, mask = 0, (1 << 64) - 1
-    for number in numbers:
-        state = (state + number + 0x9E3779B97F4A7C15) & mask
-        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & mask
-        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & mask
-        state ^= state >> 31
-    return state >> 1
