@@ -160,14 +160,19 @@ def merge(slices: Sequence[tuple[Any, Any]], length: int) -> tuple[Any, Any]:
 
 @njit(nogil=True, cache=True)
 def intersect(positions, others, member):
-    """``member[i]``: whether ``positions[i]`` is among ``others``; both sorted."""
-    j = 0
-    count = others.shape[0]
-    for i in range(positions.shape[0]):
-        p = positions[i]
-        while j < count and others[j] < p:
-            j += 1
-        member[i] = j < count and others[j] == p
+    """``member[i]``: whether ``positions[i]`` is among ``others``; both sorted.
+
+    Both sides advance by the outcome of a comparison, without a branch: which comes next cannot be foretold.
+    """
+    i, j, length, count = 0, 0, positions.shape[0], others.shape[0]
+    while i < length and j < count:
+        p, other = positions[i], others[j]
+        member[i] = p == other  # written anew until i moves on
+        i += p <= other
+        j += other <= p
+    while i < length:
+        member[i] = False
+        i += 1
 
 
 @njit(nogil=True, cache=True)

@@ -16,6 +16,7 @@ from thinwire.errors import MisuseError
 __all__ = ["agree", "digest_of", "local"]
 
 _SAID_BYTES_MAX = 1 << 20
+_SHOWN_MAX = 400  # characters of a configuration in a message
 
 
 def agree(group: Group, mine: object, remedy: str) -> None:
@@ -31,7 +32,13 @@ def agree(group: Group, mine: object, remedy: str) -> None:
     said = [bytes(part.cpu().numpy()) for part in group.all_gather(data, sizes)]
     if len(set(said)) > 1:
         odd = next(r for r, text in enumerate(said) if text != said[0])
-        raise MisuseError(f"ranks 0 and {odd} differ; {remedy}", ranks=(0, odd), said=(said[0], said[odd]))
+        first, other = (text.decode(errors="replace") for text in (said[0], said[odd]))
+        shown = f" (rank 0: {_short(first)}; rank {odd}: {_short(other)})"
+        raise MisuseError(f"ranks 0 and {odd} differ; {remedy}{shown}", ranks=(0, odd), said=(first, other))
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _SHOWN_MAX else text[:_SHOWN_MAX] + "..."
 
 
 def digest_of(tensors: Iterable[Tensor]) -> str:

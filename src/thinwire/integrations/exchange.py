@@ -6,25 +6,25 @@ and decides for each unit which of them to use. It blocks; :mod:`thinwire.integr
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, final
+from typing import TYPE_CHECKING, Any, final
 
 import torch
 from torch import Tensor
 
 from thinwire.compress.allreduce import Carry, Credit, Reduced
 from thinwire.compress.base import Compressor, Layout, State
-from thinwire.compress.budget import allocate
 from thinwire.compress.cost import CostModel
 from thinwire.compress.feedback import ErrorFeedback
-from thinwire.compress.group import Group, sizes_of
+from thinwire.compress.group import Group
 from thinwire.compress.lowrank import LowRank
 from thinwire.compress.quantize import Quantize
-from thinwire.compress.schedule import Schedule, Signals
+from thinwire.compress.schedule import Schedule
 from thinwire.compress.sparsify import Sparsifier, all_finite
 from thinwire.errors import MisuseError
+from thinwire.integrations.agreement import agree
+from thinwire.integrations.control import Control, LayerBudget
 from thinwire.integrations.joint import Taken
 from thinwire.integrations.reduction import MODES, Mode, Reduction
 from thinwire.integrations.units import Unit, make_unit, reshard
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Exchange", "LayerBudget", "Mode", "Traffic", "reshard"]
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 
 
 @final
@@ -48,20 +48,6 @@ class Traffic:
     sent_bytes: int
     dense_bytes: int
     exchanges: int
-
-
-@final
-@dataclass(frozen=True)
-class LayerBudget:
-    """Shares the elements due over all parameters, anew every ``every`` steps (:mod:`thinwire.compress.budget`): by
-    their share of the squared gradient norm, or by their ``sensitivity``, the sum of ``|weight * gradient|``.
-    Parameters of fewer than ``whole_below`` elements are sent whole."""
-
-    every: int = 50
-    score: Literal["gradient_norm", "sensitivity"] = "gradient_norm"
-    minimum: int = 1
-    maximum_density: float = 1.0
-    whole_below: int = 0
 
 
 @final
@@ -99,8 +85,6 @@ class Exchange:
         self.feedback = compressor if isinstance(compressor, ErrorFeedback) else None
         self.base = compressor.compressor if isinstance(compressor, ErrorFeedback) else compressor
         self.group = group
-        self.schedule = schedule
-        self.layer_budget = layer_budget
         self.scaler = scaler
         self.rollback = scaler is not None if rollback is None else rollback
         self.unused_parameters = unused_parameters
@@ -111,21 +95,15 @@ class Exchange:
             self.reduction.weight_of = weight_of
         self.dense_bytes = 0
         self.exchanges = 0
-        self.step = 0
         self._check(mode)
+        self.control = Control(self.reduction, group, schedule, layer_budget)
         self._units: dict[tuple[str, ...], Unit] = {}
         self._pending: list[_Pending] = []
         self._loaded: dict[str, dict[str, Tensor]] = {}
         self._loaded_units: dict[tuple[str, ...], dict[str, Any]] = {}
-        self._schedule_state = schedule.init() if schedule else {}
-        self._counts: dict[str, int] = {}
         self._seen: set[str] = set()
         self._scale = 1.0
         self._bad = False
-        self._norm2 = 0.0
-        self._scores: dict[str, float] = {}
-        self._losses: list[float] = []
-        self._set_density()
         self._handshake()
 
     # --- agreement -------------------------------------------------------------------------------------------------
@@ -138,20 +116,12 @@ class Exchange:
             raise MisuseError(f"no exchange carries {self.base!r}; use a Sparsifier, Quantize or LowRank")
         if mode in ("split", "gather", "shared", "mask") and not isinstance(self.base, Sparsifier):
             raise MisuseError(f"mode={mode!r} carries sparse updates; {self.base!r} makes none")
-        if self.layer_budget and not (isinstance(self.base, Sparsifier) and self.base.by_parameter):
-            raise MisuseError(f"{self.base!r} does not select by parameter; a layer budget needs TopK")
 
     def _handshake(self) -> None:
-        mine = json.dumps([STATE_VERSION, repr(self.feedback or self.base), self.reduction.mode, repr(self.schedule),
-                           repr(self.layer_budget), self.rollback, self.unused_parameters]).encode()  # fmt: skip
-        data = torch.frombuffer(bytearray(mine), dtype=torch.uint8)
-        sizes = sizes_of(self.group, data.numel())
-        if max(sizes) > 1 << 16:
-            raise MisuseError("a rank announces a configuration of over 64 KiB; do all run the same program?")
-        said = [bytes(part.cpu().numpy()) for part in self.group.all_gather(data, sizes)]
-        if len(set(said)) > 1:
-            lines = "; ".join(f"rank {r}: {text.decode(errors='replace')}" for r, text in enumerate(said))
-            raise MisuseError(f"the ranks were given different compressors or options; give all the same. {lines}")
+        control = self.control
+        options = (self.reduction.mode, control.schedule, control.layer_budget, self.rollback, self.unused_parameters)
+        mine = [STATE_VERSION, repr(self.feedback or self.base), *map(repr, options)]
+        agree(self.group, mine, "they were given different compressors or options; give all the same")
 
     def traffic(self) -> Traffic:
         return Traffic(self.group.received_bytes, self.group.sent_bytes, self.dense_bytes, self.exchanges)
@@ -160,7 +130,7 @@ class Exchange:
 
     def observe(self, loss: float) -> None:
         """This rank's loss of the step; a schedule sees the mean over ranks."""
-        self._losses.append(loss)
+        self.control.observe(loss)
 
     def end_step(self) -> None:
         """Settles the step: undone on every rank if any part of it was not finite, otherwise kept for good."""
@@ -171,47 +141,9 @@ class Exchange:
                 unit.revert()
             else:
                 unit.commit()
-        if not self._bad:
-            self._observe_step()
-        self.step += 1
+        self.control.end_step(good=not self._bad)
         self._seen.clear()
-        self._bad, self._norm2 = False, 0.0
-        self._losses.clear()
-
-    def _observe_step(self) -> None:
-        if self.schedule:
-            mean = sum(self._losses) / len(self._losses) if self._losses else 0.0
-            totals = torch.tensor([mean, float(bool(self._losses))])
-            self.group.all_reduce_(totals)
-            loss = float(totals[0] / totals[1]) if totals[1] else None
-            signals = Signals(self.step, loss, self._norm2**0.5)
-            self._schedule_state = self.schedule.observe(self._schedule_state, signals)
-            self._set_density()
-        if self._scores:
-            self._share_out()
-
-    def _set_density(self) -> None:
-        if self.schedule and self.base is not None:
-            self.reduction.compressor = self.base.at(self.schedule.density(self._schedule_state))
-
-    def _share_out(self) -> None:
-        """New counts for every parameter, from the mean of all ranks' scores."""
-        assert self.layer_budget
-        assert isinstance(self.reduction.compressor, Sparsifier)
-        scores = torch.tensor(list(self._scores.values()))
-        self.group.all_reduce_(scores)
-        numels = {key: n for unit in self._units.values() for key, n in zip(unit.keys, unit.layout.numels, strict=True)}
-        ordered = [numels[key] for key in self._scores]
-        counts = allocate(
-            self.reduction.compressor.count(sum(ordered)),
-            scores.nan_to_num(0.0, 0.0, 0.0).tolist(),
-            ordered,
-            minimum=self.layer_budget.minimum,
-            maximum_density=self.layer_budget.maximum_density,
-            whole_below=self.layer_budget.whole_below,
-        )
-        self._counts = dict(zip(self._scores, counts, strict=True))
-        self._scores = {}
+        self._bad = False
 
     # --- one unit --------------------------------------------------------------------------------------------------
 
@@ -256,17 +188,15 @@ class Exchange:
         unit = self._unit_of(tuple(keys), Layout(tuple(tuple(shape) for shape in shapes)), flat.device)
         unit.begin(self.rollback)
         update = flat if flat.dtype == torch.float32 else flat.float()
-        self._apply_counts(unit)
+        self.control.apply_counts(unit)
         idle = self._set_idle_aside(flat, unit)
         before = unit.inner
         unit.inner = {**before, **(given or {})}
-        taken = self.reduction.take(update, unit, scale=self._scale, step=self.step, score=self._scoring)
+        taken = self.reduction.take(update, unit, scale=self._scale, step=self.control.step, score=self.control.scoring)
         unit.inner = before
         state = {key: value for key, value in taken.state.items() if key not in (given or {})}
         self._pending.append(_Pending(flat, update, replace(taken, state=state), idle))
-        if unit.scores:
-            self._scores.update(zip(unit.keys, unit.scores, strict=True))
-            unit.scores = ()
+        self.control.take_scores(unit)
 
     @property
     def pending_numel(self) -> int:
@@ -314,16 +244,6 @@ class Exchange:
         self._units[keys] = unit
         return unit
 
-    # --- layers ----------------------------------------------------------------------------------------------------
-
-    @property
-    def _scoring(self) -> bool:
-        return self.layer_budget is not None and self.step % self.layer_budget.every == 0
-
-    def _apply_counts(self, unit: Unit) -> None:
-        if self._counts and self._counts.keys() >= set(unit.keys):
-            unit.inner = {**unit.inner, "counts": [self._counts[key] for key in unit.keys]}
-
     # --- parameters without a gradient -----------------------------------------------------------------------------
 
     def _set_idle_aside(self, flat: Tensor, unit: Unit) -> list[tuple[str, int, Tensor]]:
@@ -356,7 +276,7 @@ class Exchange:
             flat.zero_()
             flat[reduced.positions] = values
         unit.settle(credits, self.feedback is not None and self.feedback.masking)
-        self._norm2 += float(reduced.values.double().square().sum())
+        self.control.saw(reduced.values)
 
     def _spoil(self, flat: Tensor, update: Tensor, unit: Unit) -> None:
         """Some rank's gradient is not finite. All ranks see NaN, as they would without compression, so that whoever
@@ -391,12 +311,10 @@ class Exchange:
             "rank": self.group.rank,
             "world_size": self.group.size,
             "compressor": repr(self.feedback or self.base),
-            "step": self.step,
             "parameters": parameters,
             "units": units,
             "carries": [(keys, asdict(carry)) for keys, carry in self.reduction.carries.items()],
-            "schedule": self._schedule_state,
-            "counts": self._counts,
+            "control": self.control.state_dict(),
             "model": asdict(self.reduction.model) if self.reduction.model else None,
         }
 
@@ -422,6 +340,5 @@ class Exchange:
         self._loaded = {key: dict(parts) for key, parts in state["parameters"].items()}
         self._loaded_units = {tuple(unit["keys"]): unit for unit in state["units"]}
         self.reduction.carries = {keys: Carry(**carry) for keys, carry in state["carries"]}
-        self._schedule_state, self._counts, self.step = state["schedule"], dict(state["counts"]), int(state["step"])
         self.reduction.model = CostModel(**state["model"]) if state["model"] else None
-        self._set_density()
+        self.control.load_state_dict(state["control"])

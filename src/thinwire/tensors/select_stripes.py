@@ -42,6 +42,7 @@ class Selected:
 _STRIPE_MIN = 1 << 21  # elements for which another thread is worth its start
 _SMALL = 1 << 14  # elements up to which histograms are as fast as a sample
 _SAMPLE_LOG_MAX = 16
+_SAMPLED = 9  # one key in so many powers of 2: more cost more cache misses than they save candidates
 _SLACK = 0.9  # of a hint: a threshold that fell by up to a tenth still costs a single pass
 
 
@@ -185,7 +186,7 @@ def _gather(team: _Team, run: Pass, limit: int, room: int) -> _Candidates | None
 
 
 def _sample_log(numel: int) -> int:
-    return min(_SAMPLE_LOG_MAX, (numel >> 7).bit_length() - 1)
+    return min(_SAMPLE_LOG_MAX, (numel >> _SAMPLED).bit_length() - 1)
 
 
 def _bound(keys: Keys, numel: int, k: int) -> tuple[int, int]:
