@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from thinwire.errors import MisuseError
@@ -32,21 +32,21 @@ def make_aggregate(options: TrainingOptions) -> object | None:
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """How the workers stand with the exchange in one step, by rank: what each counts for, and its signal, if any."""
+    """How the workers stand with the exchange in one step, by rank: what each counts for, and what its signals say."""
 
     weights: Sequence[float]
-    signals: Sequence[float | None]
+    signals: Sequence[Mapping[str, float]]
 
 
 def standing(exchange: CompressedAllReduce | None, size: int) -> Standing:
     """The standing of ``size`` workers after a step. Without an aggregate all count the same.
 
     >>> standing(None, 2)
-    Standing(weights=[0.5, 0.5], signals=[None, None])
+    Standing(weights=[0.5, 0.5], signals=[{}, {}])
     """
     weights = getattr(exchange, "weights", None)
-    readings = getattr(exchange, "readings", None)
+    readings = getattr(exchange, "readings", None) or [{}] * size
     return Standing(
-        [1 / size] * size if weights is None else [float(x) for x in weights],
-        [None] * size if readings is None else [float(x) for x in readings],
+        [1 / size] * size if weights is None else [float(x) for x in weights[:size]],
+        [{name: float(x.value) for name, x in row.items() if x.valid} for row in readings],
     )

@@ -185,7 +185,7 @@ class Run(Generic[Row]):
             bytes_received=step.bytes.received, bytes_sent=step.bytes.sent, bytes_dense=step.bytes.dense,
             seconds=step.seconds,
         )  # fmt: skip
-        if self.task.watched and self.workers.size > 1:
+        if self.task.watched:
             self._watch(step, log)
         epochs = -(-self.task.steps // self.task.epoch_steps)
         self.progress.step(self.step, f"epoch {epoch}/{epochs}  loss {step.loss:.4f}  lr {step.lr:.3g}")
@@ -193,16 +193,14 @@ class Run(Generic[Row]):
     def _watch(self, step: Step, log: RunLog) -> None:
         """Every worker's loss, weight and signal: one row of the log, and a look at them."""
         found = self.learner.standing
+        theirs = self.workers.gather([step.loss, step.seconds])
         rows = [
-            WorkerRow(rank, loss, weight, self.task.step_samples / seconds, signal)
-            for rank, ((loss, seconds), weight, signal) in enumerate(
-                zip(self.workers.gather([step.loss, step.seconds]), found.weights, found.signals, strict=True)
+            WorkerRow(rank, loss, weight, self.task.step_samples / seconds, signals)
+            for rank, ((loss, seconds), weight, signals) in enumerate(
+                zip(theirs, found.weights, found.signals, strict=True)
             )
         ]
-        values: dict[str, float] = {}
-        for row in rows:
-            values |= {f"loss_{row.rank}": row.loss, f"weight_{row.rank}": row.weight}
-            values |= {} if row.signal is None else {f"signal_{row.rank}": row.signal}
+        values = {name: value for row in rows for name, value in row.values().items()}
         log.write("workers", self.step, **values)
         if self.config.live:
             self.progress.show(self.step, workers_table(rows, self.task.unit), workers_line(rows))

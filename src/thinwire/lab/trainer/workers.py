@@ -54,6 +54,13 @@ class Workers:
         dist.all_gather(all_of_them, own)
         return [[float(x) for x in row.tolist()] for row in all_of_them]
 
+    def told_by_first(self, text: str) -> str:
+        """Rank 0's ``text``, on all."""
+        told = [text]
+        if self.size > 1:
+            dist.broadcast_object_list(told, src=0, device=self.device)
+        return told[0]
+
     def copy_buffers(self, model: torch.nn.Module) -> None:
         """Take rank 0's buffers (BatchNorm's running statistics), as DDP does before each forward."""
         if self.size > 1:
