@@ -169,7 +169,7 @@ class MultiKrum(Linear):
 
     faulty: int = 1
     keep: int | None = None
-    name = "multi-krum"
+    name = "multi_krum"
 
     def __post_init__(self) -> None:
         check_between("faulty", self.faulty, 0)
@@ -218,7 +218,7 @@ class CentredClipping(Linear):
 
     radius: float | None = None
     iterations: int = 3
-    name = "centred-clipping"
+    name = "centred_clipping"
     uses_previous = True
 
     def __post_init__(self) -> None:
@@ -259,7 +259,7 @@ class OutlierSkip(Linear):
     decay: float = 0.98
     threshold: float = 3.0
     warmup: int = 100
-    name = "outlier-skip"
+    name = "outlier_skip"
 
     def __post_init__(self) -> None:
         check_decay(self.decay)

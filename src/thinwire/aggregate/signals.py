@@ -86,7 +86,7 @@ class LossEMA(Followed):
     (2.65, 10)
     """
 
-    name = "loss"
+    name = "loss_ema"
     needs = frozenset({"loss"})
     better = "low"
     ratio_scale = True
@@ -101,7 +101,7 @@ class GradientNormStability(Signal):
     """By how much the gradient's norm changes from step to step, ``|log norm_t - log norm_(t-1)|``, averaged: no scale
     comes in, so neither the model nor the learning rate does. A gradient of zeros is passed over."""
 
-    name = "gradient-norm-stability"
+    name = "grad_norm_stability"
     needs = frozenset({"norm2"})
     better = "low"
 
@@ -134,7 +134,7 @@ class CosineToPrevious(Followed):
 
     It rewards going along with the others, so a worker that alone holds rare data looks bad by it."""
 
-    name = "cosine-to-previous"
+    name = "cosine_to_prev_global"
     needs = frozenset({"norm2", "dot_previous", "previous_norm2"})
     better = "high"
 
@@ -149,7 +149,7 @@ class CosineToReference(Followed):
     which clips it at zero and takes it as the weight. Here it is not clipped (how far below zero it is tells as much)
     and only differences between workers that are beyond chance count."""
 
-    name = "cosine-to-reference"
+    name = "cosine_to_reference"
     needs = frozenset({"norm2", "dot_reference", "reference_norm2"})
     better = "high"
 
@@ -163,7 +163,7 @@ class HeldOutImprovement(Followed):
     """By how much a step along the worker's gradient alone lowers the loss of a held-out micro-batch: Zeno's stochastic
     descendant score (Xie et al. 2019) without its term for the gradient's norm. Costs two forward passes."""
 
-    name = "held-out-improvement"
+    name = "held_out_improvement"
     needs = frozenset({"improvement"})
     better = "high"
 

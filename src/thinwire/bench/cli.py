@@ -14,6 +14,7 @@ from rich.console import Console
 
 from thinwire.bench.accuracy_report import accuracy
 from thinwire.bench.selection_cli import selection
+from thinwire.bench.signal_report import signal
 
 if TYPE_CHECKING:
     import torch
@@ -23,6 +24,7 @@ __all__ = ["app"]
 app = typer.Typer(help="Measure thinwire beside what others send.", no_args_is_help=True, add_completion=False)
 app.command()(accuracy)
 app.command()(selection)
+app.command()(signal)
 
 
 @app.callback()

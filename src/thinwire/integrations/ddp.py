@@ -11,6 +11,8 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from functools import partial
+from math import inf
 from typing import TYPE_CHECKING, Any, final
 
 import torch
@@ -19,6 +21,8 @@ from torch import Tensor
 from torch._C._distributed_c10d import GradBucket
 from torch.futures import Future
 
+from thinwire.aggregate.base import Aggregator, Reading
+from thinwire.aggregate.weights import Weighting
 from thinwire.compress.base import Compressor, State
 from thinwire.compress.group import Group
 from thinwire.compress.schedule import Schedule
@@ -50,6 +54,11 @@ class CompressedAllReduce:
             cheapest; ``mask`` uses one set of positions, found by ``split``, for 16 steps on end; ``dense`` sends
             everything; ``auto`` takes the quickest of split, gather and dense for every bucket, by a model
             calibrated on the first step.
+        aggregate: how many gradients become one. A weighting, such as
+            :class:`~thinwire.aggregate.SignalWeighted`, gives every worker a weight by how good its gradients are, from
+            what :meth:`observe` is told and what the gradients show; it goes with any compressor. An aggregator, such
+            as :class:`~thinwire.aggregate.CoordinateMedian`, looks at whole gradients, without a compressor and once
+            backward has ended. Default: the mean.
         schedule: a density over time; it overrides the compressor's. Feed it with :meth:`observe`.
         layer_budget: shares the elements due over the parameters; without, those of a bucket compete.
         scaler: the GradScaler of mixed-precision training. Residuals are kept in true units, and a step that it skips
@@ -80,6 +89,7 @@ class CompressedAllReduce:
         compressor: Compressor | None = None,
         *,
         group: dist.ProcessGroup | Group | None = None,
+        aggregate: Weighting | Aggregator | None = None,
         mode: Mode = "auto",
         schedule: Schedule | None = None,
         layer_budget: LayerBudget | None = None,
@@ -92,7 +102,7 @@ class CompressedAllReduce:
     ) -> None:
         self._group = _joined(group, timeout_s)
         self._optimizer = optimizer
-        self._together = together_mb * (1 << 20) / 4
+        self._together = inf if isinstance(aggregate, Aggregator) else together_mb * (1 << 20) / 4
         self._waiting: list[tuple[Any, Tensor]] = []  # futures of buckets that have been added
         self._names: dict[int, str] = {}
         self._parameters: dict[str, Tensor] = {}  # holds on to them, so that an id stays one parameter's
@@ -105,6 +115,7 @@ class CompressedAllReduce:
             scaler=scaler,
             rollback=rollback,
             unused_parameters=unused_parameters,
+            aggregate=aggregate,
             learning_rate_of=self._learning_rate if optimizer is not None else None,
             weight_of=self._parameters.__getitem__,
         )
@@ -177,9 +188,42 @@ class CompressedAllReduce:
             raise error
         return tensor
 
-    def observe(self, *, loss: float | Tensor) -> None:
-        """This rank's loss, once a step and before backward, for schedules that follow it."""
-        self._exchange.observe(float(loss))
+    def observe(
+        self,
+        *,
+        loss: float | Tensor | None = None,
+        tokens: float | Tensor | None = None,
+        improvement: float | Tensor | None = None,
+    ) -> None:
+        """What this rank knows of its step, once for each micro-batch and before its backward: its loss, for schedules
+        and weights that follow it; the tokens that the loss is a mean over, where ranks have unlike numbers of them;
+        the improvement that its gradient made on a held-out batch. Losses and improvements are averaged over a step's
+        micro-batches, tokens are added up."""
+        for name, value in (("loss", loss), ("tokens", tokens), ("improvement", improvement)):
+            if value is not None:
+                self._in_thread(partial(self._exchange.observe, name, float(value)))
+
+    def refer_to(self, gradients: Mapping[str, Tensor]) -> None:
+        """The gradient of a batch that is trusted, by the names of the parameters, for signals that compare with it;
+        until another is given. Give all ranks the same."""
+        self._in_thread(partial(self._exchange.refer_to, gradients))
+
+    @property
+    def weights(self) -> Tensor | None:
+        """Every rank's weight in the last step, float64 ``[P]``, on the CPU; None where ``aggregate`` is no weighting.
+        A linear aggregator's are its coefficients (the last one the previous result's, where it uses that)."""
+        if self._exchange.weigher:
+            return self._exchange.weigher.weights
+        return self._exchange.regions.coefficients if self._exchange.regions else None
+
+    @property
+    def readings(self) -> list[dict[str, Reading]]:
+        """For every rank, what its signals said in the last step, by name."""
+        weigher = self._exchange.weigher
+        if not weigher:
+            return []
+        names = [signal.name for signal in weigher.weighting.signals]
+        return [dict(zip(names, row, strict=True)) for row in weigher.readings]
 
     @property
     def group(self) -> Group:

@@ -6,13 +6,15 @@ and decides for each unit which of them to use. It blocks; :mod:`thinwire.integr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, final
 
 import torch
 from torch import Tensor
 
+from thinwire.aggregate.base import Aggregator
+from thinwire.aggregate.weights import Weighting
 from thinwire.compress.allreduce import Carry, Credit, Reduced
 from thinwire.compress.base import Compressor, Layout, State
 from thinwire.compress.cost import CostModel
@@ -27,7 +29,9 @@ from thinwire.integrations.agreement import agree
 from thinwire.integrations.control import Control, LayerBudget
 from thinwire.integrations.joint import Taken
 from thinwire.integrations.reduction import MODES, Mode, Reduction
+from thinwire.integrations.regions import Regions
 from thinwire.integrations.units import Unit, make_unit, reshard
+from thinwire.integrations.weighing import Weigher
 from thinwire.tensors.select import fill_sparse_
 
 if TYPE_CHECKING:
@@ -79,6 +83,7 @@ class Exchange:
         scaler: GradScaler | None = None,
         rollback: bool | None = None,
         unused_parameters: bool = False,
+        aggregate: Weighting | Aggregator | None = None,
         learning_rate_of: Callable[[str], float] | None = None,
         weight_of: Callable[[str], Tensor] | None = None,
     ) -> None:
@@ -96,9 +101,12 @@ class Exchange:
         self.dense_bytes = 0
         self.exchanges = 0
         self._check(mode)
+        self.weigher = Weigher(aggregate, group) if isinstance(aggregate, Weighting) else None
+        self.regions = self._regions(aggregate)
         self.control = Control(self.reduction, group, schedule, layer_budget)
         self._units: dict[tuple[str, ...], Unit] = {}
         self._pending: list[_Pending] = []
+        self._whole: list[tuple[Tensor, Tensor]] = []  # for an aggregator: where its result goes, and the update
         self._loaded: dict[str, dict[str, Tensor]] = {}
         self._loaded_units: dict[tuple[str, ...], dict[str, Any]] = {}
         self._seen: set[str] = set()
@@ -117,10 +125,20 @@ class Exchange:
         if mode in ("split", "gather", "shared", "mask") and not isinstance(self.base, Sparsifier):
             raise MisuseError(f"mode={mode!r} carries sparse updates; {self.base!r} makes none")
 
+    def _regions(self, aggregate: Weighting | Aggregator | None) -> Regions | None:
+        if aggregate is None or isinstance(aggregate, Weighting):
+            return None
+        if not isinstance(aggregate, Aggregator):
+            raise MisuseError(f"aggregate={aggregate!r}; give a Weighting, such as SignalWeighted(), or an Aggregator")
+        if self.base is not None or self.reduction.mode not in ("auto", "dense"):
+            raise MisuseError(f"{aggregate!r} looks at whole gradients; use it without a compressor and without a mode")
+        return Regions(aggregate, self.group)
+
     def _handshake(self) -> None:
         control = self.control
         options = (self.reduction.mode, control.schedule, control.layer_budget, self.rollback, self.unused_parameters)
-        mine = [STATE_VERSION, repr(self.feedback or self.base), *map(repr, options)]
+        many = (self.weigher and self.weigher.weighting, self.regions and self.regions.aggregator)
+        mine = [STATE_VERSION, repr(self.feedback or self.base), *map(repr, options), *map(repr, many)]
         agree(self.group, mine, "they were given different compressors or options; give all the same")
 
     def traffic(self) -> Traffic:
@@ -128,9 +146,20 @@ class Exchange:
 
     # --- steps -----------------------------------------------------------------------------------------------------
 
-    def observe(self, loss: float) -> None:
-        """This rank's loss of the step; a schedule sees the mean over ranks."""
-        self.control.observe(loss)
+    def observe(self, name: str, value: float) -> None:
+        """This rank's loss (a schedule sees the mean over ranks), or what else a weighting looks at."""
+        if name == "loss":
+            self.control.observe(value)
+        if self.weigher:
+            self.weigher.observe(name, value)
+
+    def refer_to(self, gradients: Mapping[str, Tensor]) -> None:
+        """Raises:
+        MisuseError: Nothing looks at it.
+        """
+        if self.weigher is None or "dot_reference" not in self.weigher.needs:
+            raise MisuseError("no signal compares with a reference gradient; weight by CosineToReference()")
+        self.weigher.refer_to(gradients)
 
     def end_step(self) -> None:
         """Settles the step: undone on every rank if any part of it was not finite, otherwise kept for good."""
@@ -142,6 +171,8 @@ class Exchange:
             else:
                 unit.commit()
         self.control.end_step(good=not self._bad)
+        if self.weigher:
+            self.weigher.end_step(good=not self._bad)
         self._seen.clear()
         self._bad = False
 
@@ -178,16 +209,24 @@ class Exchange:
             self.end_step()
         if not self._seen:
             self._scale = float(self.scaler.get_scale()) if self.scaler else 1.0
+            if self.weigher:
+                self.weigher.begin_step()
         self._seen.update(keys)
         self.dense_bytes += 2 * (self.group.size - 1) * 4 * flat.numel() // self.group.size
         self.exchanges += 1
-        if self.reduction.compressor is None and flat.dtype == torch.float32:
-            self.group.all_reduce_(flat)
-            flat /= self.group.size
-            return
-        unit = self._unit_of(tuple(keys), Layout(tuple(tuple(shape) for shape in shapes)), flat.device)
-        unit.begin(self.rollback)
+        layout = Layout(tuple(tuple(shape) for shape in shapes))
         update = flat if flat.dtype == torch.float32 else flat.float()
+        if self.weigher:
+            self.weigher.see_gradient(update, keys, layout.numels, self._scale)
+            _multiply_(update, self.weigher.gain)
+        if self.regions:
+            self._whole.append((flat, update))
+            return
+        if self.reduction.compressor is None and flat.dtype == torch.float32:
+            self._reduce_dense(flat)
+            return
+        unit = self._unit_of(tuple(keys), layout, flat.device)
+        unit.begin(self.rollback)
         self.control.apply_counts(unit)
         idle = self._set_idle_aside(flat, unit)
         before = unit.inner
@@ -201,7 +240,7 @@ class Exchange:
     @property
     def pending_numel(self) -> int:
         """Elements that were added since the last :meth:`flush`."""
-        return sum(one.flat.numel() for one in self._pending)
+        return sum(one.flat.numel() for one in self._pending) + sum(flat.numel() for flat, _ in self._whole)
 
     def flush(self) -> None:
         """Exchanges what was added and writes the means. Collective.
@@ -210,6 +249,8 @@ class Exchange:
             RetryError: A rank died or did not answer in time. Nothing was written.
             MalformedError: A rank sent bytes that are not those of an exchange.
         """
+        if self._whole:
+            self._aggregate()
         pending, self._pending = self._pending, []
         for one, reduced in zip(pending, self.reduction.exchange([one.taken for one in pending]), strict=True):
             unit = one.taken.unit
@@ -218,6 +259,29 @@ class Exchange:
                 self._spoil(one.flat, one.update, unit)
             else:
                 self._write(one.flat, reduced, unit)
+
+    def _reduce_dense(self, flat: Tensor) -> None:
+        weigher = self.weigher
+        own = flat.clone() if weigher and "agreement" in weigher.needs else None
+        self.group.all_reduce_(flat)
+        flat /= self.group.size
+        if weigher:
+            self._bad |= not all_finite(flat)
+            if own is not None:
+                weigher.see_others(own / self._scale, flat / self._scale)
+
+    def _aggregate(self) -> None:
+        """Whole updates, all at once, since what is robust looks at all of a worker's at once."""
+        assert self.regions
+        waiting, self._whole = self._whole, []
+        update = torch.cat([one for _, one in waiting])
+        result = self.regions.aggregate(update if self._scale == 1.0 else update / self._scale)
+        if result is None:
+            self._bad = True
+            result = torch.full_like(update, float("nan"))
+        pieces = torch.split(result * self._scale, [flat.numel() for flat, _ in waiting])
+        for (flat, _), piece in zip(waiting, pieces, strict=True):
+            flat.copy_(piece)
 
     def _unit_of(self, keys: tuple[str, ...], layout: Layout, device: torch.device) -> Unit:
         unit = self._units.get(keys)
@@ -277,6 +341,8 @@ class Exchange:
             flat[reduced.positions] = values
         unit.settle(credits, self.feedback is not None and self.feedback.masking)
         self.control.saw(reduced.values)
+        if self.weigher:
+            self.weigher.see_mean(unit.keys[0], reduced, flat, self._scale)
 
     def _spoil(self, flat: Tensor, update: Tensor, unit: Unit) -> None:
         """Some rank's gradient is not finite. All ranks see NaN, as they would without compression, so that whoever
@@ -306,6 +372,7 @@ class Exchange:
             }
             for u in self._units.values()
         ]
+        aggregating = self.weigher or self.regions
         return {
             "version": STATE_VERSION,
             "rank": self.group.rank,
@@ -315,6 +382,7 @@ class Exchange:
             "units": units,
             "carries": [(keys, asdict(carry)) for keys, carry in self.reduction.carries.items()],
             "control": self.control.state_dict(),
+            "aggregate": aggregating.state_dict() if aggregating else None,
             "model": asdict(self.reduction.model) if self.reduction.model else None,
         }
 
@@ -342,3 +410,14 @@ class Exchange:
         self.reduction.carries = {keys: Carry(**carry) for keys, carry in state["carries"]}
         self.reduction.model = CostModel(**state["model"]) if state["model"] else None
         self.control.load_state_dict(state["control"])
+        aggregating = self.weigher or self.regions
+        if aggregating and state["aggregate"] is not None:  # resharding leaves none
+            aggregating.load_state_dict(state["aggregate"])
+
+
+def _multiply_(update: Tensor, gain: float) -> None:
+    """In place. What has no weight is zeroed: 0 times NaN would be NaN."""
+    if gain == 0.0:
+        update.zero_()
+    elif gain != 1.0:
+        update.mul_(gain)

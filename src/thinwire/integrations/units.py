@@ -179,5 +179,5 @@ def _covering(states: Sequence[dict[str, Any]], rank: int, size: int) -> dict[st
                       start=torch.zeros((), dtype=torch.float64)).float()
             for name in parts
         }  # fmt: skip
-    shared: dict[str, Any] = {"parameters": parameters, "units": [], "carries": [], "model": None}
+    shared: dict[str, Any] = {"parameters": parameters, "units": [], "carries": [], "model": None, "aggregate": None}
     return {**states[0], "rank": rank, "world_size": size, **shared}

@@ -9,7 +9,7 @@ from thinwire.errors import MisuseError
 from thinwire.lab.config import option
 from thinwire.lab.trainer.options import AGGREGATION, TrainingOptions
 
-__all__ = ["CORRUPTIONS", "OF_TOKENS", "SHARDS", "LmConfig", "Shape"]
+__all__ = ["CORRUPTIONS", "OF_TOKENS", "SHAPES", "SHARDS", "LmConfig", "Shape"]
 
 SHARDS = ("iid", "non_iid", "clean_vs_corrupt")
 OF_TOKENS = ("token_swap", "random_tokens", "label_noise")
@@ -26,7 +26,7 @@ class Shape(NamedTuple):
     context: int
 
 
-_SHAPES = {"gpt-tiny": Shape(2, 64, 4, 64), "gpt-small": Shape(4, 224, 7, 128)}
+SHAPES = {"gpt-tiny": Shape(2, 64, 4, 64), "gpt-small": Shape(4, 224, 7, 128)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ class LmConfig(TrainingOptions):
     train_limit: int | None = option(None, "Train on the first so many tokens only.", _TASK, least=1)
     valid_limit: int | None = option(None, "Validate with the first so many tokens only.", _TASK, least=1)
     model: str = option("auto", "gpt-tiny has 0.1 million weights, gpt-small 2.4 million; auto: gpt-tiny for grammar, "
-                        "else gpt-small.", _TASK, choices=("auto", *_SHAPES))  # fmt: skip
+                        "else gpt-small.", _TASK, choices=("auto", *SHAPES))  # fmt: skip
     layers: int | None = option(None, "Layers; default: the model's.", _TASK, least=1, most=1000)
     width: int | None = option(None, "Width; default: the model's.", _TASK, least=1, most=1 << 16)
     heads: int | None = option(None, "Heads; default: the model's.", _TASK, least=1, most=1 << 16)
@@ -100,7 +100,7 @@ class LmConfig(TrainingOptions):
     def shape(self) -> Shape:
         """The model's, with what was asked for instead."""
         name = self.model if self.model != "auto" else "gpt-tiny" if self.data == "grammar" else "gpt-small"
-        made = {key: getattr(self, key) or value for key, value in _SHAPES[name]._asdict().items()}
+        made = {key: getattr(self, key) or value for key, value in SHAPES[name]._asdict().items()}
         return Shape(**made)
 
     @property
