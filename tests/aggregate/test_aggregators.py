@@ -46,10 +46,10 @@ AGGREGATORS_AND_CLAIMS: list[tuple[Aggregator, AggregatorClaims]] = [
     (Krum(faulty=2), KRUM),
     (MultiKrum(faulty=2), KRUM),
     (MultiKrum(faulty=1, keep=5), replace(KRUM, breaks_at=3)),
-    (CentredClipping(), replace(MINORITY, translation=False)),
+    (CentredClipping(), replace(MINORITY, within=5.0, translation=False)),
     (
         CentredClipping(radius=4.0, iterations=2),  # its pull is bounded, step by step
-        replace(MINORITY, breaks_at=None, scale=False, translation=False, identity=False),
+        replace(MINORITY, within=5.0, breaks_at=None, scale=False, translation=False, identity=False),
     ),
     (OutlierSkip(), AggregatorClaims()),
     (OutlierSkip(warmup=2, threshold=2.0), AggregatorClaims()),
@@ -181,7 +181,8 @@ def test_a_lasting_change_is_got_used_to_and_a_common_one_is_taken() -> None:
         lambda: Weighted((1.0, -1.0)), lambda: Weighted((0.0, 0.0)), lambda: Weighted((float("nan"),)),
         lambda: Weighted((1.0,)).init(2), lambda: AdaCons(momentum=1.0), lambda: Krum(faulty=-1),
         lambda: Krum(faulty=2).init(6), lambda: MultiKrum(faulty=1, keep=0),
-        lambda: MultiKrum(faulty=1, keep=5).init(5), lambda: CentredClipping(radius=0.0), lambda: CentredClipping(radius=float("nan")),
+        lambda: MultiKrum(faulty=1, keep=5).init(5), lambda: CentredClipping(radius=0.0),
+        lambda: CentredClipping(radius=float("nan")),
         lambda: CentredClipping(iterations=0), lambda: OutlierSkip(decay=1.0), lambda: OutlierSkip(threshold=-1),
         lambda: OutlierSkip(warmup=0), lambda: TrimmedMean(trim=-1), lambda: TrimmedMean(trim=2).init(4),
     ],

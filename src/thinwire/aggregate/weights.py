@@ -252,7 +252,8 @@ class SignalWeighted(Weighting):
         noise = np.array([reading.noise for reading in column]) * spread
         against = [(noise, _low_median_of_others(noise, known))]
         if signal.ratio_scale:
-            relative = np.divide(noise, value, out=np.zeros_like(noise), where=value > 0)
+            with np.errstate(over="ignore"):
+                relative = np.divide(noise, value, out=np.zeros_like(noise), where=value > 0)
             against.append((relative, _low_median_of_others(relative, known)))
         small = np.all([mine < _IMPLAUSIBLE * theirs for mine, theirs in against], axis=0)
         plausible = np.all([mine >= _PLAUSIBLE * theirs for mine, theirs in against], axis=0)
@@ -304,12 +305,11 @@ def _shares(tokens: Sequence[float] | None, size: int) -> Array:
         return np.full(size, 1.0 / size)
     given = np.array(tokens, dtype=np.float64)
     valid = np.isfinite(given) & (given >= 0)
-    given[~valid & ~np.isnan(given)] = 0.0
-    given[np.isnan(given)] = given[valid].mean() if valid.any() else 1.0
-    largest = given.max()
+    largest = given[valid].max(initial=0.0)
     if largest <= 0:
         return np.full(size, 1.0 / size)
     given /= largest  # sums of huge numbers overflow
+    given = np.where(valid, given, np.where(np.isnan(given), given[valid].mean(), 0.0))
     return np.asarray(given / given.sum())
 
 

@@ -58,7 +58,7 @@ class AggregatorClaims:
 
     survives: int = 0
     breaks_at: int | None = 1
-    within: float = 2.0
+    within: float = 3.0
     permutation: bool = True
     scale: bool = True
     translation: bool = True
