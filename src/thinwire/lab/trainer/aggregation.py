@@ -5,29 +5,49 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from thinwire.aggregate import AGGREGATORS, SIGNALS, Aggregator, Signal, SignalWeighted, Weighting
 from thinwire.errors import MisuseError
 from thinwire.integrations.ddp import CompressedAllReduce
 from thinwire.lab.trainer.options import TrainingOptions
 
 __all__ = ["Standing", "make_aggregate", "standing"]
 
+_OBSERVED = {"loss", "tokens", "norm2", "dot_previous", "previous_norm2", "agreement"}
+"""Fields of an observation: what recipes say, and what is read off the gradients."""
 
-def make_aggregate(options: TrainingOptions) -> object | None:
+
+def make_aggregate(options: TrainingOptions) -> Weighting | Aggregator | None:
     """What ``CompressedAllReduce(aggregate=...)`` takes; None is the mean of all workers.
 
     Raises:
-        MisuseError: there is no such way to aggregate.
+        MisuseError: there is no such signal, or it needs what a recipe does not observe.
 
     >>> from thinwire.lab.trainer.options import TrainingOptions
     >>> make_aggregate(TrainingOptions()) is None
     True
+    >>> make_aggregate(TrainingOptions(aggregate="trimmed_mean", faulty=2))
+    TrimmedMean(trim=2)
     """
     if options.aggregate == "uniform":
         return None
-    raise MisuseError(
-        f"there is no aggregate {options.aggregate!r} here; give uniform, the mean of all workers",
-        aggregate=options.aggregate,
-    )
+    if options.aggregate == "signal":
+        return SignalWeighted(tuple(_signal(name.strip()) for name in options.signal.split(",")))
+    counts = {"trimmed_mean": "trim", "krum": "faulty", "multi_krum": "faulty"}
+    given = {counts[options.aggregate]: options.faulty} if options.aggregate in counts else {}
+    return AGGREGATORS[options.aggregate](**given)
+
+
+def _signal(name: str) -> Signal:
+    if name not in SIGNALS:
+        raise MisuseError(f"there is no signal {name!r}; give some of {', '.join(SIGNALS)}", signal=name)
+    made = SIGNALS[name]()
+    if not made.needs <= _OBSERVED:
+        raise MisuseError(
+            f"the signal {name} needs {', '.join(sorted(made.needs - _OBSERVED))}, which this recipe does not observe; "
+            "a loop of your own can, by exchange.observe() and exchange.refer_to()",
+            signal=name,
+        )
+    return made
 
 
 @dataclass(frozen=True, slots=True)

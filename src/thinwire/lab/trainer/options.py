@@ -7,10 +7,14 @@ from dataclasses import dataclass
 from thinwire.errors import MisuseError
 from thinwire.lab.config import check, option
 
-__all__ = ["AGGREGATION", "COMPRESSORS", "LOGS", "TrainingOptions"]
+__all__ = ["AGGREGATES", "AGGREGATION", "COMPRESSORS", "LOGS", "TrainingOptions"]
 
 COMPRESSORS = (
     "none", "topk", "threshold", "randomk", "blocktopk", "sign", "qsgd", "int8", "fp8", "powersgd",
+)  # fmt: skip
+AGGREGATES = (
+    "uniform", "signal", "median", "trimmed_mean", "krum", "multi_krum", "centred_clipping", "outlier_skip", "adacons",
+    "adasum",
 )  # fmt: skip
 LOGS = ("jsonl", "tensorboard", "wandb")
 AGGREGATION = "Aggregation"
@@ -60,8 +64,11 @@ class TrainingOptions:
                                       "--momentum 0.", _COMPRESSION, least=0, below=1)  # fmt: skip
     density_warmup_steps: int = option(0, "Steps in which the density falls to its value.", _COMPRESSION, least=0)
 
-    aggregate: str = option("uniform", "How the workers' gradients become one; uniform: their mean.", AGGREGATION)
+    aggregate: str = option("uniform", "How the workers' gradients become one. uniform: their mean; signal: weighted "
+                            "by how good they are; the others are robust, and go without compression.", AGGREGATION,
+                            choices=AGGREGATES)  # fmt: skip
     signal: str = option("loss_ema", "What aggregate signal weights the workers by; several with commas.", AGGREGATION)
+    faulty: int = option(1, "Bad workers that krum, multi_krum and trimmed_mean are to bear.", AGGREGATION, least=0)
 
     workers: int = option(1, "Processes to start on this machine; under torchrun, torchrun says it.", _MACHINE,
                           least=1, most=1024)  # fmt: skip
