@@ -181,5 +181,5 @@ _command(
     "thinwire train lm",
     "thinwire train lm --data tinyshakespeare --workers 2 --compress topk",
     "thinwire train lm --data notes.txt --tokens bpe --out run --resume auto",
-    "thinwire train lm --workers 2 --shards clean_vs_corrupt --corruption token_swap",
+    "thinwire train lm --shards clean_vs_corrupt --corruption sign_flip",
 )
