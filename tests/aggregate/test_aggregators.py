@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.aggregate.oracles import adacons, adasum, centred_clipping, krum_order
@@ -28,6 +29,7 @@ from thinwire.aggregate import (
     gram_matrix,
     weighted_sum,
 )
+from thinwire.aggregate.coordinatewise import network
 from thinwire.errors import MisuseError
 from thinwire.testing.aggregators import AggregatorClaims, AggregatorContract, update_sets
 
@@ -229,3 +231,31 @@ def test_large_updates_go_block_by_block(monkeypatch: pytest.MonkeyPatch) -> Non
     whole = gram_matrix(updates)
     monkeypatch.setattr("thinwire.aggregate.base._BLOCK", 7)
     assert torch.allclose(gram_matrix(updates), whole, rtol=1e-12)
+
+
+@pytest.mark.parametrize("rows", range(1, 12))
+def test_the_network_sorts(rows: int) -> None:
+    """What sorts all sequences of zeros and ones sorts everything (Knuth, theorem 5.3.4Z)."""
+    for bits in range(2**rows):
+        values = [bits >> i & 1 for i in range(rows)]
+        for low, high in network(rows):
+            values[low], values[high] = min(values[low], values[high]), max(values[low], values[high])
+        assert values == sorted(values)
+
+
+@given(st.integers(1, 70), st.integers(0, 9), st.integers(0, 2**32 - 1))
+def test_the_middle_is_what_sorting_finds(workers: int, columns: int, seed: int) -> None:
+    slices = torch.randn(workers, columns, generator=torch.Generator().manual_seed(seed)).mul_(3).round_()
+    ordered = slices.double().sort(0).values
+    trim = (workers - 1) // 3
+    expected = ordered[trim : workers - trim].mean(0).float()
+    assert torch.allclose(TrimmedMean(trim).combine(slices), expected, rtol=1e-6)
+    middle = ordered[(workers - 1) // 2 : workers // 2 + 1].mean(0).float()
+    assert torch.equal(CoordinateMedian().combine(slices), middle)
+
+
+def test_columns_are_sorted_block_by_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    slices = torch.randn(5, 1000, generator=torch.Generator().manual_seed(2))
+    whole = CoordinateMedian().combine(slices)
+    monkeypatch.setattr("thinwire.aggregate.coordinatewise._BLOCK", 33)
+    assert torch.equal(CoordinateMedian().combine(slices), whole)

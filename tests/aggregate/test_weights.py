@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from tests.aggregate.simulation import Followed, losses, noise, weights_of
 from thinwire.aggregate import (
+    SIGNALS,
     Agreement,
     GradientNormStability,
     LossEMA,
@@ -27,6 +28,7 @@ from thinwire.aggregate import (
 from thinwire.aggregate.bounds import fill
 from thinwire.errors import MisuseError
 from thinwire.testing.laws import same
+from thinwire.testing.signals import usual
 
 PROMPT = SignalWeighted(LossEMA(), smoothing=0.0)
 
@@ -312,6 +314,11 @@ def test_a_bad_one_with_little_noise_is_bad() -> None:
     assert weigh(PROMPT, [loss(3.0, noise=0.1), loss(7.5, noise=0.01)])[1] < 1e-6
 
 
+def test_a_good_loss_that_is_small_and_quiet_is_no_suspect() -> None:
+    """As in classification: near zero, the noise is small, but not relative to the loss."""
+    assert weigh(PROMPT, [loss(0.05, noise=0.05), loss(2.5, noise=0.3)])[1] < 1e-6
+
+
 def test_suspicion_lasts_until_the_noise_is_plausible_both_ways() -> None:
     """Learnt by heart, the loss is so small that its noise is no longer small relative to it."""
     state = PROMPT.init(2)
@@ -329,6 +336,13 @@ def test_suspicion_lasts_until_the_noise_is_plausible_both_ways() -> None:
 def test_a_clean_run_loses_no_workers(workers: int) -> None:
     weights = weights_of(losses(1200, workers, seed=workers), SignalWeighted(LossEMA()))
     assert (1 / (weights**2).sum(1)).mean() >= 0.98 * workers
+
+
+@pytest.mark.parametrize("workers", [2, 5])
+def test_a_clean_run_loses_no_workers_by_all_signals_together(workers: int) -> None:
+    run = Followed(SignalWeighted(tuple(signal() for signal in SIGNALS.values())), workers)
+    weights = torch.stack([run.step([usual(step, seed) for seed in range(workers)]) for step in range(400)])
+    assert float((1 / weights.square().sum(1)).mean()) >= 0.98 * workers
 
 
 @pytest.mark.slow

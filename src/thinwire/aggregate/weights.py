@@ -13,10 +13,12 @@ suspected, a worker is cleared when its noise is plausible both ways. In early t
 one that falls back to it after its loss has become small in an honest way may not be.
 
 **What cannot be told apart.** Two workers, of whom one has a low loss with the noise of fresh batches and the other a
-high one: a corrupted worker, or an easier shard, or a small shard that is reshuffled and learnt by heart? The high one
-loses weight. With three and more, the majority is taken for good. A worker whose noise is honestly less than a third of
-the others' (and its loss lower) is suspected: nothing is lost but what it could have gained, and with two workers the
-weighting is uniform. A batch that is repeated with wrong labels is learnt by heart like any other, and keeps its share.
+high one: a corrupted worker, or an easier shard, or a small shard that is reshuffled and learnt by heart (or a cycle of
+more than :data:`~thinwire.aggregate.tracking.LAGS` batches)? The high one loses weight. With three and more, the
+majority is taken for good. A worker whose noise is honestly less than a third of the others', and its loss lower, is
+suspected: it loses nothing but what it could have gained, yet with two workers nobody is left to compare the other
+with, so a corruption that comes in bursts, which makes one loss high and far noisier, leaves two workers uniform. A
+batch that is repeated with wrong labels is learnt by heart like any other, and keeps its share.
 """
 
 from __future__ import annotations
@@ -308,9 +310,9 @@ def _shares(tokens: Sequence[float] | None, size: int) -> Array:
     largest = given[valid].max(initial=0.0)
     if largest <= 0:
         return np.full(size, 1.0 / size)
-    given /= largest  # sums of huge numbers overflow
-    given = np.where(valid, given, np.where(np.isnan(given), given[valid].mean(), 0.0))
-    return np.asarray(given / given.sum())
+    counted = np.where(valid, given, 0.0) / largest  # sums of huge numbers overflow
+    counted[np.isnan(given)] = counted[valid].mean()
+    return np.asarray(counted / counted.sum())
 
 
 def _check_shape(
