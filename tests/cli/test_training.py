@@ -139,6 +139,7 @@ def test_a_language_model_is_trained_and_writes(tmp_path: Path) -> None:
 
 def test_workers_are_started_and_one_of_them_speaks(tmp_path: Path) -> None:
     words = ["train", "vision", *FEW, "--workers", "2", "--compress", "topk", "--density", "0.1", "--mode", "split"]
+    words += ["--log", "jsonl", "--signal", "loss_ema"]  # of which torchrun has longer ones
     line = command(*words, "--no-nesterov", "--out", tmp_path / "run", "--json")
     env = {**environment(), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(line, capture_output=True, text=True, timeout=200, env=env)

@@ -91,8 +91,9 @@ def _show(output: Output, summary: Outcome, found: dict[str, str]) -> None:
     facts = {"steps": count_text(summary.steps) + ("" if summary.finished else " (stopped early)"), **found}
     facts["parameters"] = count_text(summary.parameters)
     if summary.bytes_dense:
+        less = f"{share_text(abs(summary.saved), 1)} {'less' if summary.saved >= 0 else 'more'}"
         facts["received"] = (
-            f"{bytes_text(summary.bytes_received)} of gradients a worker, {share_text(summary.saved, 1)} less than the "
+            f"{bytes_text(summary.bytes_received)} of gradients a worker, {less} than the "
             f"{bytes_text(summary.bytes_dense)} of a dense all-reduce"
         )
     facts["time"] = f"{summary.seconds:.1f} s, {summary.workers} worker{'s' * (summary.workers > 1)}, {summary.device}"
@@ -161,7 +162,8 @@ def _launch(workers: int, name: str, config: Path | None, given: dict[str, Any],
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={workers}"]
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
     sys.stdout.flush()
-    command = [*torchrun, "-m", "thinwire", "train", name, *words, *(["--json"] if as_json else [])]
+    # Without "--", torchrun takes --log and --signal for its own options, abbreviated.
+    command = [*torchrun, "-m", "--", "thinwire", "train", name, *words, *(["--json"] if as_json else [])]
     os.execv(sys.executable, command)
 
 

@@ -23,7 +23,7 @@ def evaluate(model: nn.Module, tokens: Tensor, *, context: int, batch: int = _BA
 
     >>> from thinwire.lab.text.model import make_gpt
     >>> model = make_gpt(4, context=8, layers=1, width=8, heads=1, seed=0)
-    >>> 1.2 < evaluate(model, torch.arange(100) % 4, context=8) < 1.6  # log(4) = 1.39
+    >>> evaluate(model, torch.arange(100) % 4, context=8) > 1.39  # log(4): it knows nothing yet
     True
     """
     total, count = loss_sum(model, windows(tokens, context), batch=batch)
