@@ -37,7 +37,7 @@ def test_without_suspicion_it_would() -> None:
     "data",
     [
         Data(repeated=1), Data(repeated=2), Data(repeated=5), Data(repeated=20), Data(repeated=30), Data(held=30),
-        Data(held=100), Data(repeated=1, since=400), Data(repeated=5, since=400), Data(repeated=20, since=400),
+        Data(held=100), Data(repeated=1, since=400), Data(repeated=5, since=400),
     ],
     ids=repr,
 )  # fmt: skip

@@ -32,8 +32,8 @@ LAGS = 32
 MINIMUM = 8
 """Second differences at one lag; fewer say nothing about the noise. So there is no reading before ten observations."""
 
-NEWS_DECAY = 0.95
-"""Of what is new in each step: some 40 steps, so that a worker is seen to stop sampling before its average profits."""
+NEWS_DECAY = 0.97
+"""Of what is new in each step: some 65 steps, so that a worker is seen to stop sampling before its average profits."""
 
 ERROR_DECAY = 0.99
 """Of the squares that the error is made from, where the value's own decay is less."""

@@ -10,12 +10,13 @@ to one batch, or to a few, learns it by heart, and has a low loss *and no news*:
 implausibly small share of theirs is *suspected*: it is no longer a reference for anybody, and its weight stays at its
 share. For a loss, whose noise shrinks as it falls, the noise must be too small relative to the value, too; once
 suspected, a worker is cleared when its noise is plausible both ways. In early training such a worker is caught at once;
-one that falls back to it after its loss has become small in an honest way may not be.
+one that begins to cycle through twenty batches later on may gain for some hundred steps until its noise is gone, and
+one whose loss had become small in an honest way before may not be caught at all.
 
 **What cannot be told apart.** Two workers, of whom one has a low loss with the noise of fresh batches and the other a
 high one: a corrupted worker, or an easier shard, or a small shard that is reshuffled and learnt by heart (or a cycle of
 more than :data:`~thinwire.aggregate.tracking.LAGS` batches)? The high one loses weight. With three and more, the
-majority is taken for good. A worker whose noise is honestly less than a third of the others', and its loss lower, is
+majority is taken for good. A worker whose noise is honestly less than half of the others', and its loss lower, is
 suspected: it loses nothing but what it could have gained, yet with two workers nobody is left to compare the other
 with, so a corruption that comes in bursts, which makes one loss high and far noisier, leaves two workers uniform. A
 batch that is repeated with wrong labels is learnt by heart like any other, and keeps its share.
@@ -45,8 +46,8 @@ Array = NDArray[np.float64]
 _PENALTY_MAX = 50.0
 """In temperatures: a weight of 2e-22. Bounded, so that a worker that recovers comes back in reasonable time."""
 
-_IMPLAUSIBLE, _PLAUSIBLE = 1 / 3, 1 / 2
-"""Shares of the others' noise. Estimates from 100 steps and more scatter by some 10 %."""
+_IMPLAUSIBLE, _PLAUSIBLE = 0.5, 0.75
+"""Shares of the others' noise. Estimates scatter by some 20 %; a worker that repeats 20 batches was seen at 0.48."""
 
 _TOO_GOOD = 0.5
 """The share of ``significance`` from which a better value is looked at: before it could cost others their weight."""
