@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import os
 import pkgutil
 import re
 import subprocess
@@ -54,6 +55,7 @@ OPTIONAL = {
     "plotly": {"bench", "lab"},
     "pyarrow": {"lab"},
     "sklearn": {"lab"},
+    "tokenizers": {"lab"},
     "transformers": {"lab"},
     "triton": {"tensors"},
     "wandb": {"lab"},
@@ -101,7 +103,27 @@ def test_links_between_docs_lead_somewhere(path: Path) -> None:
             assert (path.parent / target).exists(), f"{path.relative_to(ROOT)} links to {target}"
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda p: p.name)
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+RENTED = [path for path in EXAMPLES if path.name.startswith("modal_")]  # they need an account, and cost money
+
+
+@pytest.mark.parametrize("path", RENTED, ids=lambda p: p.name)
+def test_examples_on_rented_machines_use_options_that_there_are(path: Path) -> None:
+    text = path.read_text()
+    compile(text, str(path), "exec")
+    helps = ""
+    for command in ("train lm", "bench signal"):
+        assert all(f'"{word}"' in text for word in command.split())
+        words = [sys.executable, "-m", "thinwire", *command.split(), "--help"]
+        helps += subprocess.run(
+            words, capture_output=True, text=True, timeout=120, env={**os.environ, "COLUMNS": "200"}
+        ).stdout
+    used = set(re.findall(r'"(--[a-z-]+)"', text))
+    assert used
+    assert all(option in helps for option in used), used
+
+
+@pytest.mark.parametrize("path", [path for path in EXAMPLES if path not in RENTED], ids=lambda p: p.name)
 def test_examples_run(path: Path, tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, str(path)], cwd=tmp_path, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr

@@ -56,7 +56,7 @@ class TrimmedMean(Coordinatewise):
     """
 
     trim: int = 1
-    name = "trimmed-mean"
+    name = "trimmed_mean"
 
     def __post_init__(self) -> None:
         check_between("trim", self.trim, 0)
