@@ -77,7 +77,8 @@ SCENARIOS = {
 @final
 @dataclass(frozen=True)
 class SignalOptions:
-    """One run. ``method`` is ``uniform``, ``oracle``, a signal (several with ``+`` between) or an aggregator."""
+    """One run. ``method`` is ``uniform``, ``oracle``, a signal (several with ``+`` between) or an aggregator. ``decay``
+    is the signals', ``warmup`` the steps before anybody is judged: shorter than by default, as the runs are short."""
 
     scenario: str = "clean-2"
     method: str = "uniform"
@@ -92,6 +93,8 @@ class SignalOptions:
     rate: float = 0.01
     weight_decay: float = 0.1
     density: float | None = None
+    decay: float = 0.95
+    warmup: int = 40
     valid_tokens: int = 32_768
 
 
@@ -129,7 +132,12 @@ def _aggregate(options: SignalOptions, scenario: Scenario) -> Weighting | Aggreg
     if not set(parts) <= set(SIGNALS):
         known = ", ".join(["uniform", "oracle", *SIGNALS, *AGGREGATORS])
         raise MisuseError(f"there is no method {options.method!r}; give one of {known}, or signals with + between")
-    return SignalWeighted(tuple(SIGNALS[part]() for part in parts))
+    return SignalWeighted(tuple(_signal(part, options.decay) for part in parts), warmup=options.warmup)
+
+
+def _signal(name: str, decay: float) -> Signal:
+    made: Any = SIGNALS[name]
+    return made(decay=decay)  # type: ignore[no-any-return]
 
 
 @final
@@ -172,7 +180,11 @@ class _Run:
         self.scenario = SCENARIOS[options.scenario]
         size = self.scenario.workers
         text = _text(options.data)
-        self.vocabulary, self.valid = text.vocabulary, text.tokens_valid[: options.valid_tokens]
+        self.vocabulary = text.vocabulary
+        trusted = options.batch * options.context + 1  # not validated with
+        valid = min(options.valid_tokens, len(text.tokens_valid) - trusted)
+        self.valid, rest = text.tokens_valid[:valid], text.tokens_valid[valid:]
+        self.trusted = windows(rest[:trusted], options.context).long()
         self.windows = windows(text.tokens_train, options.context)
         self.shards = make_text_shards(len(self.windows), size, kind=self.scenario.shards, seed=options.seed)
         bad = range(size - self.scenario.bad, size)
@@ -194,8 +206,6 @@ class _Run:
         mode: Mode = "split" if compressor else "auto"
         make = lambda group: CompressedAllReduce(compressor, group=group, aggregate=aggregate, mode=mode)  # noqa: E731
         self.exchanges = list(self.pool.map(make, MemoryGroup.of(size, timeout_s=300)))
-        trusted = text.tokens_valid[options.valid_tokens :][: options.batch * options.context + 1]
-        self.trusted = windows(trusted, options.context).long()  # not validated with
 
     def close(self) -> None:
         list(self.pool.map(CompressedAllReduce.close, self.exchanges))

@@ -244,6 +244,8 @@ def signal(
     model: Annotated[str, typer.Option(help="gpt-tiny or gpt-small.")] = "gpt-tiny",
     steps: Annotated[int, typer.Option(min=20)] = 400,
     batch: Annotated[int, typer.Option(min=1, help="Windows of a worker and step.")] = 8,
+    decay: Annotated[float, typer.Option(help="Of the signals' averages.")] = 0.95,
+    warmup: Annotated[int, typer.Option(min=0, help="Steps before anybody is judged.")] = 40,
     density: Annotated[
         float | None, typer.Option(help="Send this share of the gradient, by top-k with feedback.")
     ] = None,
@@ -266,6 +268,7 @@ def signal(
     base = SignalOptions(
         data=data or _default_text(), layers=shape.layers, width=shape.width, heads=shape.heads, context=shape.context,
         steps=steps, batch=batch, rate=0.64 / shape.width, density=density,
+        decay=decay, warmup=warmup,
     )  # fmt: skip
     names = list(SCENARIOS) if scenarios == "all" else _names(scenarios)
     runs = plan(base, names, _names(signals), seeds, baselines=baselines and density is None)
