@@ -12,8 +12,8 @@ squares, so that neither heavy tails nor a jump to another batch hide it.)
 
 **The standard error** takes the noise at long lags as ``s²``, solves for ``r_k``, and is
 ``sqrt(s² (1 + 2 sum_k r_k) / n)`` where ``n = (sum w_j)² / sum w_j²`` is the EMA's effective sample size, in the long
-run ``(1 + d) / (1 - d)``: 199 steps for 0.99. For noise that stays correlated for more than half of :data:`LAGS` steps
-the error comes out too small; a curve that bends within them makes it larger.
+run ``(1 + d) / (1 - d)``: 199 steps for 0.99. For noise that stays correlated for more than half of :data:`ERROR_LAGS`
+steps the error comes out too small; a curve that bends within them makes it larger, as that of early training does.
 """
 
 from __future__ import annotations
@@ -28,6 +28,9 @@ __all__ = ["LAGS", "follow", "follower", "lost", "reading"]
 
 LAGS = 32
 """A cycle of up to so many batches is seen through."""
+
+ERROR_LAGS = 16
+"""Lags that the standard error looks at: from half of them on, noise is taken to be uncorrelated."""
 
 MINIMUM = 8
 """Second differences at one lag; fewer say nothing about the noise. So there is no reading before ten observations."""
@@ -100,7 +103,7 @@ def reading(state: State) -> Reading:
         return Reading.missing()
     roots, squares = (state[kind][:lags] / state[f"{kind}_seen"][:lags] for kind in ("roots", "squares"))
     effective = state["weight"] ** 2 / state["weight2"]
-    error = sqrt(_long_run_variance((squares / 6).tolist()) / effective)
+    error = sqrt(_long_run_variance((squares[:ERROR_LAGS] / 6).tolist()) / effective)
     news = (float(roots.min()) / _ROOT) ** 2 / sqrt(6.0)
     return Reading(state["sum"] / state["weight"], error, news, state["count"])
 

@@ -49,6 +49,9 @@ _PENALTY_MAX = 50.0
 _IMPLAUSIBLE, _PLAUSIBLE = 0.5, 0.75
 """Shares of the others' noise. Estimates scatter by some 20 %; a worker that repeats 20 batches was seen at 0.48."""
 
+_CONVICTED = 5.0
+"""Temperatures of penalty, a weight of less than a hundredth, from which a worker's noise says nothing of others."""
+
 _TOO_GOOD = 0.5
 """The share of ``significance`` from which a better value is looked at: before it could cost others their weight."""
 
@@ -209,7 +212,7 @@ class SignalWeighted(Weighting):
         if self.freeze_after is None or state["step"] < self.freeze_after:
             spread = np.sqrt(share * size) if tokens is not None else np.ones(size)
             suspected = [
-                self._suspected(signal, column, old, spread)
+                self._suspected(signal, column, old, spread, penalty < _CONVICTED * self.temperature)
                 for signal, column, old in zip(self.signals, by_signal, state["suspected"], strict=True)
             ]
             doubted = np.any(suspected, axis=0)
@@ -244,8 +247,16 @@ class SignalWeighted(Weighting):
         with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
             return np.where(gap > allowed, (gap - allowed) / error, 0.0)
 
-    def _suspected(self, signal: Signal, column: Sequence[Reading], before: list[bool], spread: Array) -> list[bool]:
-        """Whose value is better than the others' while its noise, for its tokens, is implausibly small."""
+    def _suspected(
+        self,
+        signal: Signal,
+        column: Sequence[Reading],
+        before: list[bool],
+        spread: Array,
+        trusted: NDArray[np.bool_],
+    ) -> list[bool]:
+        """Whose value is better than the others' while its noise, for its tokens, is implausibly small against that of
+        the ``trusted`` others: a corrupted worker's grows as the model leaves it behind."""
         known = np.array([reading.valid for reading in column])
         if not self.suspicion:
             return [False] * len(column)
@@ -253,11 +264,11 @@ class SignalWeighted(Weighting):
         better = known & (-gap > _TOO_GOOD * self.significance * error)
         value = np.array([abs(reading.value) for reading in column])
         noise = np.array([reading.noise for reading in column]) * spread
-        against = [(noise, _low_median_of_others(noise, known))]
+        against = [(noise, _low_median_of_others(noise, known & trusted))]
         if signal.ratio_scale:
             with np.errstate(over="ignore"):
                 relative = np.divide(noise, value, out=np.zeros_like(noise), where=value > 0)
-            against.append((relative, _low_median_of_others(relative, known)))
+            against.append((relative, _low_median_of_others(relative, known & trusted)))
         small = np.all([mine < _IMPLAUSIBLE * theirs for mine, theirs in against], axis=0)
         plausible = np.all([mine >= _PLAUSIBLE * theirs for mine, theirs in against], axis=0)
         old = np.array(before)
