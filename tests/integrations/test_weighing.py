@@ -118,12 +118,13 @@ def test_tokens_make_the_mean_over_tokens() -> None:
         assert torch.allclose(mean.double(), exact, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.filterwarnings("error")
 def test_micro_batches_are_averaged_and_their_tokens_added() -> None:
     def work(group: MemoryGroup) -> tuple[float, list[float]]:
         exchange = CompressedAllReduce(group=group, aggregate=SignalWeighted(LossEMA(0.5)))
         for _ in range(24):
             for loss, tokens in ((1.0, 10), (3.0, 30)) if group.rank else ((2.0, 40),):
-                exchange.observe(loss=torch.tensor(loss), tokens=tokens)
+                exchange.observe(loss=torch.tensor(loss, requires_grad=True), tokens=tokens)
             exchange.all_reduce(torch.ones(8))
         assert exchange.weights is not None
         return exchange.readings[1]["loss_ema"].value, exchange.weights.tolist()

@@ -201,7 +201,8 @@ class CompressedAllReduce:
         micro-batches, tokens are added up."""
         for name, value in (("loss", loss), ("tokens", tokens), ("improvement", improvement)):
             if value is not None:
-                self._in_thread(partial(self._exchange.observe, name, float(value)))
+                number = float(value.detach() if isinstance(value, Tensor) else value)
+                self._in_thread(partial(self._exchange.observe, name, number))
 
     def refer_to(self, gradients: Mapping[str, Tensor]) -> None:
         """The gradient of a batch that is trusted, by the names of the parameters, for signals that compare with it;
