@@ -93,8 +93,8 @@ class SignalOptions:
     rate: float = 0.01
     weight_decay: float = 0.1
     density: float | None = None
-    decay: float = 0.95
-    warmup: int = 40
+    decay: float = 0.9
+    warmup: int = 30
     valid_tokens: int = 32_768
 
 

@@ -244,8 +244,8 @@ def signal(
     model: Annotated[str, typer.Option(help="gpt-tiny or gpt-small.")] = "gpt-tiny",
     steps: Annotated[int, typer.Option(min=20)] = 400,
     batch: Annotated[int, typer.Option(min=1, help="Windows of a worker and step.")] = 8,
-    decay: Annotated[float, typer.Option(help="Of the signals' averages.")] = 0.95,
-    warmup: Annotated[int, typer.Option(min=0, help="Steps before anybody is judged.")] = 40,
+    decay: Annotated[float, typer.Option(help="Of the signals' averages.")] = 0.9,
+    warmup: Annotated[int, typer.Option(min=0, help="Steps before anybody is judged.")] = 30,
     density: Annotated[
         float | None, typer.Option(help="Send this share of the gradient, by top-k with feedback.")
     ] = None,
