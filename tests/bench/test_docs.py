@@ -45,7 +45,7 @@ def test_the_tables_of_exchanges_are_those_of_the_rows() -> None:
                 assert f"| {1000 * row['median_s']:.0f} |" in GRADIENTS
 
 
-@pytest.mark.parametrize("data", ["mnist", "cifar10"])
+@pytest.mark.parametrize("data", ["mnist", "cifar10", "cifar10-long"])
 def test_the_tables_of_accuracy_are_those_of_the_rows(data: str) -> None:
     assert accuracy_markdown(rows(f"accuracy-{data}.jsonl")) in GRADIENTS
 
