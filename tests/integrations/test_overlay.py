@@ -63,7 +63,7 @@ def test_any_walk_over_stacks_holds_what_dense_copies_would_hold(
 def test_a_task_tells_the_digest_that_the_model_then_has() -> None:
     base = random_state(0)
     overlay = loaded(base, {"a": tuned(base, 1)})
-    before = overlay.base_digest()
+    before = overlay.base_tree().digest
     overlay.switch(("a",))
     assert overlay.tree().digest == overlay.tasks["a"].result != before
     overlay.switch(())

@@ -92,18 +92,18 @@ class _Prepared:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """Cells that differ from the base, by the patch's names; ``result`` is the digest of the base with them on it.
+    """Cells to overwrite, by the patch's names; ``result`` is the digest of what the patch leads to, None if unknown.
 
     ``deltas`` and what is prepared from them share their memory where the model is on the host.
     """
 
     deltas: Mapping[str, TensorDelta]
-    result: str
+    result: str | None
     prepared: tuple[_Prepared, ...] = field(repr=False, default=())
 
     @property
     def changed(self) -> int:
-        """Number of cells that differ from the base."""
+        """Number of cells that it overwrites."""
         return sum(delta.changed for delta in self.deltas.values())
 
     @property
@@ -218,14 +218,31 @@ class Overlay:
         Raises:
             MisuseError: nothing has been read yet, so that the tensors' names are not known.
         """
-        binding = self._bound()
-        source = binding.source()
+        source = self.source()
         return tree_of(source.layouts, source.cells, source.aliases, hash_name=hash_name)
 
-    def base_digest(self, hash_name: str = "blake3") -> str | None:
-        """Digest of the base, as it was when the first task was read; None before, or for another hash."""
-        tree = self._trees.get(hash_name)
-        return tree.digest if tree else None
+    def source(self) -> MemorySource:
+        """All cells as they are now: views on the host, copies from devices.
+
+        Raises:
+            MisuseError: nothing has been read yet.
+        """
+        return self._bound().source()
+
+    def base_tree(self, hash_name: str = "blake3") -> Tree:
+        """The tree of the base; if it was not hashed with this hash yet, the tasks leave the model meanwhile.
+
+        Raises:
+            MisuseError: nothing has been read yet.
+        """
+        if hash_name not in self._trees:
+            stack = self.stack
+            self.switch(())
+            try:
+                self._trees[hash_name] = self.tree(hash_name)
+            finally:
+                self.switch(stack)
+        return self._trees[hash_name]
 
     def _bound(self) -> _Binding:
         if self._binding is None:
@@ -237,8 +254,8 @@ class Overlay:
     def read(self, patch: Patch) -> Task:
         """The task that ``patch`` makes of the model, which must be at its parent; proved by the result's digest.
 
-        Where other tasks are on the model (the patch was made from the base with these), the task holds the cells that
-        differ from the *base*. Memory while it reads: one tensor, and the whole model's on the host if it is elsewhere.
+        Where other tasks are on the model (the patch was made from the base with these), the task holds what the *base*
+        has at the patch's positions. Memory while it reads: one tensor; the whole model where it is not on the host.
 
         Raises:
             WrongBaseError: the model is not at the patch's parent; both digests are named.
@@ -284,7 +301,7 @@ class Overlay:
             self.switch(stack)
         return found
 
-    def prepared(self, deltas: Mapping[str, TensorDelta], result: str) -> Task:
+    def prepared(self, deltas: Mapping[str, TensorDelta], result: str | None = None) -> Task:
         """A task made of ``deltas`` against the base, ready to be written."""
         sites = self._bound().sites
         changed = [(name, d) for name, d in deltas.items() if d.changed]
