@@ -32,6 +32,7 @@ class _Commands(Commands):
     mounts = {  # noqa: RUF012 - a ClassVar by its base
         "bench": ("thinwire.bench.cli", "app", "Measure patches, kernels and stores, side by side with others."),
         "demo": ("thinwire.lab.demo.command", "main", "Watch an RL run whose weights travel as patches."),
+        "merge": ("thinwire.cli.merging", "app", "Merge fine-tunes of one base, sparse as they are."),
         "train": ("thinwire.cli.training", "app", "Train with compressed gradients, on one process or many."),
     }
 

@@ -23,9 +23,10 @@ import torch
 
 from thinwire.errors import MisuseError
 from thinwire.integrations.patch_deltas import PatchReader, check_parent, source_of_state
-from thinwire.merge.delta import TensorDelta
+from thinwire.merge.combine import Counts, count_overlap
+from thinwire.merge.delta import MERGEABLE, TensorDelta
 from thinwire.merge.recipe import Recipe, layers_of, recipe_of
-from thinwire.merge.tensor import merge_tensor
+from thinwire.merge.tensor import merge_tensor, vector_of
 from thinwire.sync.checkpoint import Checkpoint, open_checkpoint, tree_of_checkpoint
 from thinwire.sync.encode import Options, make_patch, thread_count
 from thinwire.sync.files import Stages, map_private, stage_of
@@ -38,7 +39,15 @@ from thinwire.tensors.tree import state_of
 from thinwire.wire.digests import TensorInfo, Tree, tensor_digest
 from thinwire.wire.patch import Patch
 
-__all__ = ["MergedSource", "merge", "merge_checkpoint", "merge_to_patch", "merged_deltas", "patch_between"]
+__all__ = [
+    "MergedSource",
+    "merge",
+    "merge_checkpoint",
+    "merge_to_patch",
+    "merged_deltas",
+    "patch_between",
+    "patch_of_source",
+]
 
 Cells = npt.NDArray[np.unsignedinteger]
 State = Mapping[str, torch.Tensor] | torch.nn.Module
@@ -154,10 +163,11 @@ def _changes_of(readers: Sequence[PatchReader], recipe: Recipe, pool: ThreadPool
     return changes
 
 
-def _patch_to(
+def patch_of_source(
     source: MemorySource, new: CellSource, options: Options, hash_name: str, stages: Stages | None,
     known: tuple[dict[str, list[bytes]], Tree] | None = None,
 ) -> Patch:  # fmt: skip
+    """The patch from a base in memory (or mapped) to any other source of cells; ``known`` are the base's digests."""
     leaves, tree = known or _leaves(source, hash_name, options.threads)
     snapshot = LendingSnapshot(source, leaves, tree)
     report = stage_of(stages, "diff")
@@ -177,7 +187,7 @@ def patch_between(base: State, new: State, options: Options | None = None, *, ha
         MisuseError, UnsupportedError: an entry is no tensor, or has no safetensors data type.
     """
     source = source_of_state(base)
-    patch = _patch_to(source, StateSource(state_of(new)), options or Options(), hash_name, None)
+    patch = patch_of_source(source, StateSource(state_of(new)), options or Options(), hash_name, None)
     return Patch.parse(b"".join(patch.encode()))
 
 
@@ -264,7 +274,31 @@ def merge_to_patch(
     readers = _readers(parsed, source, digest)
     with ThreadPoolExecutor(thread_count(chosen.threads)) as pool:
         merged = MergedSource(source, _changes_of(readers, recipe, pool))
-        return _patch_to(source, merged, chosen, name, stages, known)
+        return patch_of_source(source, merged, chosen, name, stages, known)
+
+
+def open_readers(checkpoint: Checkpoint, patches: Sequence[PatchLike], *, threads: int = 0) -> list[PatchReader]:
+    """Readers of patches that start from ``checkpoint``, which is hashed once for each kind of hash.
+
+    Raises:
+        WrongBaseError: a patch starts from another base; both digests are named.
+    """
+    digests: dict[str, str] = {}
+
+    def digest(wanted: str) -> str:
+        if wanted not in digests:
+            digests[wanted] = tree_of_checkpoint(checkpoint, hash_name=wanted, threads=threads).digest
+        return digests[wanted]
+
+    return _readers([_parsed(patch) for patch in patches], checkpoint.map(), digest)
+
+
+def overlap(readers: Sequence[PatchReader]) -> Iterator[tuple[str, int, Counts]]:
+    """How the changes of tasks meet in each tensor of numbers: its name, its cells, and the counts."""
+    for name in sorted({name for reader in readers for name in reader.changed}):
+        deltas = [reader.delta(name) for reader in readers]
+        if deltas[0].dtype in MERGEABLE:
+            yield name, deltas[0].size, count_overlap([vector_of(delta, name) for delta in deltas])
 
 
 def merge_checkpoint(
