@@ -12,6 +12,7 @@ import torch
 from tests.merge.states import patch_between, tuned
 from tests.sync.models import bits, small_model
 from thinwire.errors import MisuseError, ObjectExistsError, ObjectNotFoundError, RetryError, WrongBaseError
+from thinwire.integrations.merging import merge
 from thinwire.integrations.router import SparseTaskRouter
 from thinwire.integrations.task_store import TaskStore
 from thinwire.stores import open_store
@@ -111,6 +112,23 @@ def test_adapters_are_set_disabled_swapped_and_deleted_as_in_peft(served: Served
     assert (sorted(router.tasks), bits(model)) == (["code", "law"], bits(Net()))
     with pytest.raises(MisuseError):
         router.delete_adapter("math")
+
+
+@pytest.mark.parametrize(("method", "settings"), [("task_arithmetic", {}), ("ties", {"density": 0.5})])
+def test_tasks_can_be_merged_into_a_further_one(served: Served, method: str, settings: dict[str, float]) -> None:
+    model, router, _ = served
+    patches = [expert(Net(), seed)[0] for seed in (1, 2)]
+    weights = [0.6, 0.4]
+    expected = merge(dict(Net().state_dict()), patches, weights=weights, method=method, **settings)
+    router.add_weighted_adapter(["math", "code"], weights, "both", method, **settings)
+    with router.task("both"):
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
+    assert bits(model) == bits(Net())
+    for bad in ((["math"], weights, "x"), (["math", "nothing"], weights, "x"), (["math", "code"], weights, "both")):
+        with pytest.raises(MisuseError):
+            router.add_weighted_adapter(*bad)
+    with pytest.raises(MisuseError):
+        router.add_weighted_adapter(["math"], [1.0], "x", "tiess")
 
 
 def test_rows_of_a_mixed_batch_are_what_their_task_gives(served: Served) -> None:

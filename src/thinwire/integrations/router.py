@@ -32,6 +32,9 @@ from thinwire.integrations.batches import groups_of, join_rows, take_rows
 from thinwire.integrations.overlay import Model, Names, Overlay, Stack, Task
 from thinwire.integrations.task_store import TaskStore
 from thinwire.integrations.turns import Turns
+from thinwire.merge.delta import TensorDelta
+from thinwire.merge.recipe import layers_of, recipe_of
+from thinwire.merge.tensor import merge_tensor
 from thinwire.sync.files import map_private
 from thinwire.wire.patch import Patch
 from thinwire.wire.spec import TABLE_BYTES_MAX
@@ -119,6 +122,37 @@ class SparseTaskRouter:
                 raise MisuseError(f"there is a task {adapter_name!r} already; replace=True swaps it", task=adapter_name)
             task = self._overlay.read(patch)
             self._overlay.tasks[adapter_name] = task
+        return task
+
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "task_arithmetic",
+        **settings: Any,
+    ) -> Task:
+        """Merge loaded tasks into a new one, in sparse space: a weighted sum, or any other method by its name.
+
+        ``settings`` are the method's parameters, such as ``density`` (:func:`thinwire.merge.recipe.recipe_of`).
+
+        Raises:
+            MisuseError: a task, a method or a parameter is not there; not one weight a task; the name is taken; or the
+                tasks cannot be merged.
+            RetryError: other threads did not leave their tasks in time.
+        """
+        if len(adapters) != len(weights):
+            raise MisuseError(f"{len(adapters)} tasks have {len(weights)} weights; give each one")
+        self._ensure(adapters)
+        with self._turns.at(()):
+            tasks = self._overlay.tasks
+            for name in adapters:
+                if name not in tasks:
+                    raise MisuseError(f"there is no task {name!r}; known are {sorted(tasks)[:10]}", task=name)
+            if adapter_name in tasks:
+                raise MisuseError(f"there is a task {adapter_name!r} already", task=adapter_name)
+            merged = _merged([tasks[name] for name in adapters], combination_type, weights, settings)
+            tasks[adapter_name] = task = self._overlay.prepared(merged)
         return task
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -213,6 +247,18 @@ class SparseTaskRouter:
         return join_rows(parts, list(groups.values()))
 
     __call__ = forward
+
+
+def _merged(
+    tasks: Sequence[Task], method: str, weights: Sequence[float], settings: Mapping[str, Any]
+) -> dict[str, TensorDelta]:
+    like = {name: delta for task in tasks for name, delta in task.deltas.items()}
+    recipe = recipe_of(method, len(tasks), weight=list(weights), layers=layers_of(like), **settings)
+    found = {}
+    for name, d in like.items():
+        none = TensorDelta(d.dtype, d.shape, d.positions[:0], d.base[:0], d.new[:0])
+        found[name] = merge_tensor(name, [task.deltas.get(name, none) for task in tasks], recipe)
+    return found
 
 
 def _read(path: Path) -> Patch:
