@@ -45,6 +45,8 @@ __all__ = [
     "merge_checkpoint",
     "merge_to_patch",
     "merged_deltas",
+    "open_readers",
+    "overlap",
     "patch_between",
     "patch_of_source",
 ]
