@@ -80,10 +80,12 @@ def _leaves(source: MemorySource, hash_name: str, threads: int) -> tuple[dict[st
     return leaves, Tree(hash_name, infos, dict(source.aliases))
 
 
-def _readers(patches: Sequence[Patch], source: MemorySource, digests: Callable[[str], str]) -> list[PatchReader]:
+def _readers(
+    patches: Sequence[Patch], source: MemorySource, digests: Callable[[str], str], *, threads: int = 1
+) -> list[PatchReader]:
     for i, patch in enumerate(patches):
         check_parent(patch, digests(patch.hash), f"patch {i + 1} of {len(patches)}")
-    return [PatchReader(patch, source) for patch in patches]
+    return [PatchReader(patch, source, segments_kept=threads + 1) for patch in patches]
 
 
 def merged_deltas(readers: Sequence[PatchReader], recipe: Recipe) -> Iterator[tuple[str, TensorDelta]]:
@@ -92,13 +94,13 @@ def merged_deltas(readers: Sequence[PatchReader], recipe: Recipe) -> Iterator[tu
     While one tensor is merged, the next is decoded, a patch a thread; so memory holds two tensors' changes, and of each
     patch two segments.
     """
-    names = dict.fromkeys(name for reader in readers for name in reader.changed)
+    changed = {name for reader in readers for name in reader.changed}
     with ThreadPoolExecutor(thread_count(0)) as pool, ThreadPoolExecutor(1) as ahead:
 
         def decode(name: str) -> list[TensorDelta]:
             return list(pool.map(lambda reader: reader.delta(name), readers))
 
-        queue = list(names)
+        queue = [name for name in readers[0].names if name in changed] if readers else []
         following = ahead.submit(decode, queue[0]) if queue else None
         for i, name in enumerate(queue):
             assert following is not None
@@ -273,8 +275,9 @@ def merge_to_patch(
             digests[wanted] = tree_of_checkpoint(checkpoint, hash_name=wanted).digest
         return digests[wanted]
 
-    readers = _readers(parsed, source, digest)
-    with ThreadPoolExecutor(thread_count(chosen.threads)) as pool:
+    threads = thread_count(chosen.threads)
+    readers = _readers(parsed, source, digest, threads=threads)
+    with ThreadPoolExecutor(threads) as pool:
         merged = MergedSource(source, _changes_of(readers, recipe, pool))
         return patch_of_source(source, merged, chosen, name, stages, known)
 

@@ -39,8 +39,6 @@ __all__ = ["PatchReader", "check_parent", "read_deltas", "source_of_state"]
 
 Cells = npt.NDArray[np.unsignedinteger]
 
-_SEGMENTS_KEPT = 2  # tensors are mostly read in their order: one segment is left behind, one begun
-
 
 def source_of_state(model: torch.nn.Module | Mapping[str, torch.Tensor]) -> MemorySource:
     """A model's tensors as cells: views where they lie on the host, contiguous; copies elsewhere."""
@@ -68,14 +66,16 @@ class PatchReader:
     """Gives the delta of any tensor of ``patch``, decoding only the segments that it lies in.
 
     ``base`` holds the cells of the patch's parent and must stay as it is; whether it *is* the parent is the caller's
-    to check (:func:`check_parent`). Memory: two decoded segments (2^22 changes each at most). Threads may share one.
+    to check (:func:`check_parent`). Memory: ``segments_kept`` decoded segments of 2^20 changes, rarely up to 2^22. Two
+    will do where tensors are read in their order (one is left behind, one begun), and one more for each thread that
+    reads elsewhere. Threads may share a reader.
 
     Raises:
         WrongBaseError: the base has other tensors than the patch's parent.
         MisuseError: the patch adds, removes, renames or reshapes tensors: then it has no sparse delta.
     """
 
-    def __init__(self, patch: Patch, base: MemorySource) -> None:
+    def __init__(self, patch: Patch, base: MemorySource, *, segments_kept: int = 2) -> None:
         for row in patch.rows:
             if row.kind != "sparse":
                 raise MisuseError(
@@ -86,7 +86,7 @@ class PatchReader:
         if patch.removed:
             raise MisuseError(f"the patch removes {patch.removed[0]!r}; only changed tensors can be merged or switched")
         check_fits(patch, base.layouts)
-        self.patch, self.base = patch, base
+        self.patch, self.base, self._segments_kept = patch, base, segments_kept
         self._rows: dict[str, tuple[Row, int]] = {}  # with its first cell among all of its data type
         self._members: dict[str, list[tuple[int, Row]]] = {}
         for row in patch.rows:
@@ -104,9 +104,14 @@ class PatchReader:
         self._lock = threading.Lock()
 
     @property
+    def names(self) -> list[str]:
+        """Names of all tensors, in their order in the file; patches of one base have the same."""
+        return [row.name for members in self._members.values() for _, row in members]
+
+    @property
     def changed(self) -> list[str]:
         """Names of the tensors with changes, in their order in the file: reading them so decodes each segment once."""
-        return [row.name for members in self._members.values() for _, row in members if row.changed]
+        return [name for name in self.names if self._rows[name][0].changed]
 
     def delta(self, name: str) -> TensorDelta:
         """The delta of one tensor; empty if it has no changes.
@@ -159,8 +164,9 @@ class PatchReader:
                         base=self._base_of(index),
                     )
                 self._kept[index] = changes
-                while len(self._kept) > _SEGMENTS_KEPT:
+                while len(self._kept) > self._segments_kept:
                     self._kept.popitem(last=False)
+            self._kept.move_to_end(index)
             return self._kept[index]
 
     def _base_of(self, index: int) -> list[Cells]:
