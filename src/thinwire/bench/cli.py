@@ -16,6 +16,8 @@ from thinwire.bench.accuracy_report import accuracy
 from thinwire.bench.merge_cli import merge
 from thinwire.bench.selection_cli import selection
 from thinwire.bench.signal_report import signal
+from thinwire.bench.suite_cli import merge_suite
+from thinwire.bench.switch_cli import switch
 
 if TYPE_CHECKING:
     import torch
@@ -27,6 +29,8 @@ app.command()(accuracy)
 app.command()(merge)
 app.command()(selection)
 app.command()(signal)
+app.command()(switch)
+app.command("merge-suite")(merge_suite)
 
 
 @app.callback()
