@@ -385,3 +385,32 @@ def test_a_worker_that_leaves_and_comes_back_is_neutral_until_it_is_known() -> N
     for row in values[300:]:
         weights = run.step([Observation(loss=float(x)) for x in row])
         assert weights.tolist() == pytest.approx([1 / 3] * 3, abs=0.01)
+
+
+# --- noise as evidence -----------------------------------------------------------------------------------------------
+
+
+def _told(value: float, noise: float) -> tuple[Reading, ...]:
+    return (Reading(value=value, error=noise / 10, noise=noise, count=500),)
+
+
+def test_the_noise_of_a_convicted_worker_is_no_measure_of_an_honest_one() -> None:
+    weighting = SignalWeighted(LossEMA(), smoothing=0.5)
+    state = weighting.init(2)
+    for spread in (0.1, 0.2, 0.5):  # the model leaves the corrupted one behind
+        for _ in range(20):
+            weights, state = weighting.weights([_told(2.5, 0.1), _told(4.5, spread)], None, state)
+        assert weights[0] > 0.99
+
+
+def test_the_less_noise_the_better_one_has_the_more_evidence_it_takes() -> None:
+    weighting = SignalWeighted(LossEMA(), smoothing=0.0)
+
+    def found(noise: float) -> float:
+        told = [(Reading(2.5, 0.01, noise, 500),), (Reading(2.65, 0.01, 0.1, 500),)]
+        return float(weighting.weights(told, None, weighting.init(2))[0][0])
+
+    shares = [found(noise) for noise in (0.1, 0.08, 0.065, 0.055)]
+    assert shares == sorted(shares, reverse=True)
+    assert shares[0] > 0.9
+    assert shares[-1] == 0.5

@@ -125,7 +125,8 @@ class SignalWeighted(Weighting):
     two: of three workers, one that is too good does not make the other two look bad). With the gap ``b_i`` in the bad
     direction and its standard error ``e_i`` (its own, the median's, and how far the others differ among themselves
     beyond chance), ``penalty_i = max(0, b_i - max(significance * e_i, tolerance * |median|)) / e_i``. Penalties of
-    several signals add, are smoothed over steps, and ``w_i ~ tokens_i * exp(-penalty_i / temperature)``.
+    several signals add, are smoothed over steps, and ``w_i ~ tokens_i * exp(-penalty_i / temperature)``. Where the others
+    have less noise than worker ``i``, what is allowed for grows by the square of the ratio: it may be they who cheat.
 
     ``of``: the signals. ``significance``: standard errors that are put down to chance. ``tolerance``: the relative
     difference that does not matter, however sure it is. ``temperature``: standard errors beyond, by which a weight
@@ -211,14 +212,15 @@ class SignalWeighted(Weighting):
         penalty, suspected = np.array(state["penalty"]), state["suspected"]
         if self.freeze_after is None or state["step"] < self.freeze_after:
             spread = np.sqrt(share * size) if tokens is not None else np.ones(size)
+            convicted = penalty >= _CONVICTED * self.temperature
             suspected = [
-                self._suspected(signal, column, old, spread, penalty < _CONVICTED * self.temperature)
+                self._suspected(signal, column, old, spread, ~convicted)
                 for signal, column, old in zip(self.signals, by_signal, state["suspected"], strict=True)
             ]
             doubted = np.any(suspected, axis=0)
             found = np.zeros(size)
             for signal, column in zip(self.signals, by_signal, strict=True):
-                found += self._penalties(signal, column, doubted)
+                found += self._penalties(signal, column, doubted, spread, convicted)
             found = np.minimum(found, _PENALTY_MAX * self.temperature)
             penalty = self.smoothing * penalty + (1 - self.smoothing) * found
             penalty[penalty < 1e-6] = 0.0  # a bygone penalty fades; this is where it is over
@@ -239,12 +241,27 @@ class SignalWeighted(Weighting):
     def _judged(self, column: Sequence[Reading]) -> NDArray[np.bool_]:
         return np.array([reading.valid and reading.count >= self.warmup for reading in column])
 
-    def _penalties(self, signal: Signal, column: Sequence[Reading], doubted: NDArray[np.bool_]) -> Array:
-        """How much worse each worker is than the others, in standard errors beyond what is allowed for, ``[P]``."""
+    def _penalties(
+        self,
+        signal: Signal,
+        column: Sequence[Reading],
+        doubted: NDArray[np.bool_],
+        spread: Array,
+        convicted: NDArray[np.bool_],
+    ) -> Array:
+        """How much worse each worker is than the others, in standard errors beyond what is allowed for, ``[P]``. The
+        less noise the others have against its own, the more is allowed for, unless it is convicted already."""
         known = self._judged(column)
-        gap, error, median = _against_others(signal, column, known, known & ~doubted)
+        reference = known & ~doubted
+        gap, error, median = _against_others(signal, column, known, reference)
         allowed = np.maximum(self.significance * error, self.tolerance * np.abs(median))
         with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
+            if self.suspicion:
+                shares = [
+                    np.where(mine > 0, _low_median_of_others(mine, reference) / mine, 1.0)
+                    for mine in _noises(signal, column, spread)
+                ]
+                allowed /= np.where(convicted, 1.0, np.minimum(1.0, np.max(shares, axis=0))) ** 2
             return np.where(gap > allowed, (gap - allowed) / error, 0.0)
 
     def _suspected(
@@ -262,13 +279,8 @@ class SignalWeighted(Weighting):
             return [False] * len(column)
         gap, error, _ = _against_others(signal, column, known, known)
         better = known & (-gap > _TOO_GOOD * self.significance * error)
-        value = np.array([abs(reading.value) for reading in column])
-        noise = np.array([reading.noise for reading in column]) * spread
-        against = [(noise, _low_median_of_others(noise, known & trusted))]
-        if signal.ratio_scale:
-            with np.errstate(over="ignore"):
-                relative = np.divide(noise, value, out=np.zeros_like(noise), where=value > 0)
-            against.append((relative, _low_median_of_others(relative, known & trusted)))
+        noises = _noises(signal, column, spread)
+        against = [(mine, _low_median_of_others(mine, known & trusted)) for mine in noises]
         small = np.all([mine < _IMPLAUSIBLE * theirs for mine, theirs in against], axis=0)
         plausible = np.all([mine >= _PLAUSIBLE * theirs for mine, theirs in against], axis=0)
         old = np.array(before)
@@ -305,6 +317,15 @@ def _middle(rows: Array, count: NDArray[np.int64], low: bool = False) -> Array:
     index = np.maximum((count - 1) // 2 if low else count // 2, 0)
     found = np.take_along_axis(np.sort(rows, axis=1), index[:, None], axis=1)[:, 0]
     return np.where(np.isfinite(found), found, 0.0)
+
+
+def _noises(signal: Signal, column: Sequence[Reading], spread: Array) -> list[Array]:
+    """The workers' noise as if all had as many tokens, ``[P]``; and its share of the value where that has a meaning."""
+    noise = np.array([reading.noise for reading in column]) * spread
+    if not signal.ratio_scale:
+        return [noise]
+    value = np.array([abs(reading.value) for reading in column])
+    return [noise, np.divide(noise, value, out=np.zeros_like(noise), where=value > 0)]
 
 
 def _low_median_of_others(values: Array, known: NDArray[np.bool_]) -> Array:
