@@ -125,8 +125,8 @@ class SignalWeighted(Weighting):
     two: of three workers, one that is too good does not make the other two look bad). With the gap ``b_i`` in the bad
     direction and its standard error ``e_i`` (its own, the median's, and how far the others differ among themselves
     beyond chance), ``penalty_i = max(0, b_i - max(significance * e_i, tolerance * |median|)) / e_i``. Penalties of
-    several signals add, are smoothed over steps, and ``w_i ~ tokens_i * exp(-penalty_i / temperature)``. Where the others
-    have less noise than worker ``i``, what is allowed for grows by the square of the ratio: it may be they who cheat.
+    several signals add, are smoothed over steps, and ``w_i ~ tokens_i * exp(-penalty_i / temperature)``. Where the
+    others have less noise than worker ``i``, more is allowed for, by the square of the ratio: they may be the bad ones.
 
     ``of``: the signals. ``significance``: standard errors that are put down to chance. ``tolerance``: the relative
     difference that does not matter, however sure it is. ``temperature``: standard errors beyond, by which a weight
