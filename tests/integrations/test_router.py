@@ -11,7 +11,15 @@ import torch
 
 from tests.merge.states import patch_between, tuned
 from tests.sync.models import bits, small_model
-from thinwire.errors import MisuseError, ObjectExistsError, ObjectNotFoundError, RetryError, WrongBaseError
+from thinwire.errors import (
+    DamagedObjectError,
+    MalformedError,
+    MisuseError,
+    ObjectExistsError,
+    ObjectNotFoundError,
+    RetryError,
+    WrongBaseError,
+)
 from thinwire.integrations.merging import merge
 from thinwire.integrations.router import SparseTaskRouter
 from thinwire.integrations.task_store import TaskStore
@@ -219,6 +227,10 @@ def test_tasks_are_served_from_a_store(tmp_path: Path) -> None:
             tasks.put(bad, patch)
     open_store(tmp_path).put("tasks/broken.safetensors", [b"not a patch"])
     assert tasks.names() == ["broken", "math"]
+    with pytest.raises(MalformedError):
+        tasks.get("broken", size_max=1000)
+    with pytest.raises(DamagedObjectError):
+        tasks.get("math", size_max=100)
     model = Net()
     router = SparseTaskRouter(model, store=tmp_path)
     assert router.tasks == {}
