@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 from tests.merge.states import State, pairs, patch_between, random_state, source_of_state, tuned
 from thinwire.errors import MalformedError, MisuseError, RefuseError, ThinwireError, WrongBaseError
 from thinwire.integrations.patch_deltas import PatchReader, check_parent, read_deltas
-from thinwire.merge.delta import TensorDelta, delta_between
+from thinwire.merge.delta import MERGEABLE, TensorDelta, cells_from, delta_between, floats_of
 from thinwire.sync import encode as encode_module
 from thinwire.sync import layout as layout_module
-from thinwire.tensors.bits import cells_of
+from thinwire.tensors.bits import cells_of, tensor_of, torch_dtype
 from thinwire.wire.patch import Patch
+from thinwire.wire.spec import dtype_of
 
 
 def same(a: TensorDelta, b: TensorDelta) -> bool:
@@ -81,6 +82,27 @@ def test_what_has_no_sparse_delta_is_refused_by_name() -> None:
         check_parent(patch, "00" * 32)
     assert patch.parent in str(error.value)
     assert "00" * 32 in str(error.value)
+
+
+@pytest.mark.parametrize("name", MERGEABLE)
+def test_numbers_are_read_and_rounded_as_torch_does(name: str) -> None:
+    kind, width = torch_dtype(name), dtype_of(name).cells
+    random = np.random.default_rng(0)
+    cells = (
+        random.integers(0, 1 << 8 * width.itemsize, 70_000, width, endpoint=False)
+        if width.itemsize < 8
+        else (random.integers(0, 1 << 63, 70_000, np.uint64))
+    )
+    if width.itemsize <= 2:
+        cells = np.arange(1 << 8 * width.itemsize, dtype=np.uint32).astype(width)
+    tensor = tensor_of(cells.copy(), name, (cells.size,))
+    work = torch.float64 if name == "F64" else torch.float32
+    assert np.array_equal(floats_of(cells, name), tensor.to(work).numpy(), equal_nan=True)
+    numbers = np.float32(random.standard_normal(200_000)) * np.float32(2.0) ** random.integers(-140, 129, 200_000)
+    halves = (np.arange(1 << 16, dtype=np.uint32) << np.uint32(16) | np.uint32(0x8000)).view(np.float32)  # bf16's ties
+    numbers = np.concatenate([numbers, halves]).astype(np.float64 if name == "F64" else np.float32)
+    numbers = numbers[~np.isnan(numbers)]
+    assert np.array_equal(cells_from(numbers, name), cells_of(torch.from_numpy(numbers).to(kind)))
 
 
 def test_deltas_from_elsewhere_are_checked() -> None:

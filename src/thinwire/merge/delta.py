@@ -33,6 +33,7 @@ MERGEABLE = ("BF16", "F16", "F32", "F64", "F8_E4M3", "F8_E5M2")
 """Data types whose values can be averaged. Others (indices, masks, packed weights) only travel unchanged."""
 
 _INT32_CELLS = 1 << 31
+_NUMPY = {"F16": np.float16, "F32": np.float32, "F64": np.float64}
 
 
 def work_dtype(dtype: str) -> torch.dtype:
@@ -47,7 +48,19 @@ def work_dtype(dtype: str) -> torch.dtype:
 
 
 def floats_of(cells: Cells, dtype: str) -> Floats:
-    """The numbers in cells, exactly: float64 for F64, float32 for all others."""
+    """The numbers in cells, exactly: float64 for F64, float32 for all others.
+
+    In NumPy where it has the type: torch wakes all its threads for arrays this small, and on a busy machine waits for
+    them longer than the work takes.
+
+    Raises:
+        MisuseError: values of this data type cannot be averaged.
+    """
+    if dtype == "BF16":
+        wide: Floats = (cells.astype(np.uint32) << np.uint32(16)).view(np.float32)
+        return wide
+    if dtype in _NUMPY:
+        return cells.view(_NUMPY[dtype]).astype(np.float64 if dtype == "F64" else np.float32)
     found: Floats = tensor_of(cells, dtype, (cells.size,)).to(work_dtype(dtype)).numpy()
     return found
 
@@ -155,6 +168,15 @@ def delta_between(base: torch.Tensor, new: torch.Tensor) -> TensorDelta:
     return delta_of_cells(dtype_of_tensor(base).name, shape_of(base), positions, old[positions], now[positions])
 
 
-def cells_from(values: torch.Tensor, dtype: str) -> Cells:
-    """Numbers rounded (to nearest, ties to even) to a data type, as cells."""
-    return cells_of(values.to(torch_dtype(dtype)))
+def cells_from(values: Floats, dtype: str) -> Cells:
+    """Numbers of the data type's work type rounded (to nearest, ties to even) to it, as cells; torch's bits for all
+    numbers but NaN."""
+    if dtype == "BF16":
+        bits = values.view(np.uint32)
+        odd = (bits >> np.uint32(16)) & np.uint32(1)
+        rounded: Cells = ((bits + np.uint32(0x7FFF) + odd) >> np.uint32(16)).astype(np.uint16)
+        return rounded
+    if dtype in _NUMPY:
+        with np.errstate(over="ignore"):
+            return values.astype(_NUMPY[dtype]).view(dtype_of(dtype).cells)
+    return cells_of(torch.from_numpy(values).to(torch_dtype(dtype)))

@@ -16,7 +16,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 
 from thinwire.errors import MisuseError
 from thinwire.merge.combine import Vector
@@ -84,8 +83,10 @@ def merge_tensor(name: str, deltas: Sequence[TensorDelta], recipe: Recipe) -> Te
 
 def _added(name: str, like: TensorDelta, vector: Vector) -> TensorDelta:
     base = floats_of(vector.cells, like.dtype)
-    new = cells_from(torch.from_numpy(base + vector.values), like.dtype)
-    sound = np.isfinite(floats_of(new, like.dtype))
+    with np.errstate(over="ignore", invalid="ignore"):
+        merged = base + vector.values
+    new = cells_from(merged, like.dtype)
+    sound = np.isfinite(merged) & np.isfinite(floats_of(new, like.dtype))
     if not sound.all():
         at = int(vector.positions[np.flatnonzero(~sound)[0]])
         raise MisuseError(
