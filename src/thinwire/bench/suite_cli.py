@@ -44,7 +44,7 @@ def suite_table(rows: Sequence[Row]) -> Table:
 
 
 def merge_suite(
-    base_steps: Annotated[int, typer.Option(min=1, help="Training steps of the base, on all tasks.")] = 200,
+    base_steps: Annotated[int, typer.Option(min=1, help="Training steps of the base, on all tasks.")] = 60,
     expert_steps: Annotated[int, typer.Option(min=1, help="Training steps of each expert, on its task.")] = 300,
     density: Annotated[float, typer.Option(help="Share of the weights that an expert trains.")] = 0.1,
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds.")] = 3,
