@@ -98,6 +98,16 @@ def test_a_switch_that_fails_leaves_the_state_before() -> None:
             pass
         assert turns.state == ("a",)
     assert calls == [("a",), ("bad",), ("a",), ()]
+    with pytest.raises(RuntimeError), turns.at(("bad",)):
+        pass
+    with ThreadPoolExecutor(1) as pool:  # nobody is left in
+
+        def ask() -> None:
+            with turns.at(("b",)):
+                pass
+
+        pool.submit(ask).result(30)
+    assert turns.state == ()
 
 
 def test_an_interrupt_while_putting_back_does_not_keep_the_task_on() -> None:

@@ -97,18 +97,20 @@ class Turns:
             RetryError: others used another state for longer than ``timeout_s``.
             MisuseError: contexts of one thread were not left in reverse order (coroutines that share a thread).
         """
-        me, frame = threading.get_ident(), object()
-        with self._changed:
-            self._wait_to_enter(me, state)
-            before = self.state if me in self._inside else self.resident
-            if state != self.state:
-                self._go(state)
-            self._inside.setdefault(me, []).append((frame, before))
+        me, frame, entered = threading.get_ident(), object(), False
         try:
+            with self._changed:
+                self._wait_to_enter(me, state)
+                before = self.state if me in self._inside else self.resident
+                entered = True  # first of all: an interrupt after the switch must find the way back
+                self._inside.setdefault(me, []).append((frame, before))
+                if state != self.state:
+                    self._go(state)
             yield
         finally:
-            with self._changed:
-                self._leave(me, frame)
+            if entered:
+                with self._changed:
+                    self._leave(me, frame)
 
     def _leave(self, me: int, frame: object) -> None:
         frames = self._inside.get(me, [])
