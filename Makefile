@@ -7,7 +7,7 @@ MODEL ?= tiny
 WORKERS ?= auto
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-data test-gpu fuzz lint types format bench bench-real bench-follow bench-accuracy clean
+.PHONY: help setup demo test test-slow test-data test-gpu fuzz lint types format bench bench-real bench-follow bench-accuracy bench-signal clean
 
 help: ## what there is
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -75,6 +75,9 @@ bench-real: $(VENV)/.dev $(VENV)/.smollm2 ## 20 GRPO steps of SmolLM2-135M
 
 bench-accuracy: $(VENV)/.dev ## accuracy under compression, even and skewed shards; DATA=digits
 	$(PYTHON) -m thinwire bench accuracy --data $(or $(DATA),digits)
+
+bench-signal: $(VENV)/.dev ## bad workers: weights by signals beside uniform, an oracle and robust aggregators
+	$(PYTHON) -m thinwire bench signal
 
 clean: ## remove what make and the tools have made
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -51,6 +51,7 @@ OPTIONAL = {
     "fsspec": {"stores"},
     "gguf": {"lab"},
     "matplotlib": {"bench"},
+    "mergekit": {"bench"},
     "pcodec": {"bench"},
     "plotly": {"bench", "lab"},
     "pyarrow": {"lab"},
