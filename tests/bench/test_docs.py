@@ -10,6 +10,7 @@ import pytest
 from thinwire.bench.accuracy_report import accuracy_markdown
 from thinwire.bench.gradients import gradients_markdown
 from thinwire.bench.markdown import codec_markdown, real_markdown
+from thinwire.bench.signal_report import signal_markdown
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = (ROOT / "docs" / "benchmarks.md").read_text()
@@ -55,3 +56,8 @@ def test_the_run_under_kills_was_clean() -> None:
     assert (row["mismatches"], row["stalled"], row["crashes"]) == ([], [], [])
     for figure in (row["versions"], row["kills"], row["joins"], row["reports"], f"{row['published_bytes']:,}"):
         assert f"| {figure} |" in DOCS
+
+
+@pytest.mark.parametrize("name", ["signal-2", "signal-8"])
+def test_the_tables_of_bad_workers_are_those_of_the_rows(name: str) -> None:
+    assert signal_markdown(rows(f"{name}.jsonl")) in (ROOT / "docs" / "signal.md").read_text()

@@ -216,14 +216,15 @@ def _draw_weights(axis: Any, rows: Sequence[Row]) -> None:
     if not rows:
         return
     size, bad = rows[0]["workers"], rows[0]["bad"]
-    points = len(rows[0]["weights"])
+    points, highest = len(rows[0]["weights"]), 1.0
     for rank in range(size):
         curve = [size * mean(row["weights"][i][rank] for row in rows) for i in range(points)]
         colour, label = (_BAD, "corrupted") if rank >= size - bad else (_SIGNAL, "clean")
+        highest = max(highest, *curve)
         first = rank in (0, size - bad)
         axis.plot(_steps(rows[0], points), curve, color=colour, linewidth=1.5, label=label if first else None)
     axis.axhline(1.0, color=_UNIFORM, linewidth=0.8, linestyle=":")
-    axis.set_ylim(bottom=-0.05)
+    axis.set_ylim(-0.05 * highest, 1.1 * highest)
     axis.legend(fontsize=7, frameon=False)
     axis.grid(alpha=0.25)
 
