@@ -188,7 +188,7 @@ def test_a_schedule_gives_all_ranks_the_same_densities(schedule: Any) -> None:
         trainer = Trainer(group, ErrorFeedback(TopK(0.3)), mode="split", schedule=schedule)
         densities = []
         for s in range(6):
-            trainer.exchange.observe(loss=10.0 / (1 + s) + group.rank)
+            trainer.exchange.observe("loss", 10.0 / (1 + s) + group.rank)
             trainer.step(s)
             densities.append(trainer.exchange.reduction.compressor.density)
         return densities, trainer.applied, trainer.residual()
