@@ -94,6 +94,11 @@ def test_a_gap_within_noise_is_none() -> None:
     assert lines["oracle"]["gap"] is None
 
 
+def test_one_seed_says_nothing_of_a_gap() -> None:
+    table = signal_markdown([{**row, "data": "grammar"} for row in rows(0.1) if row["seed"] == 0])
+    assert "gap " not in table.splitlines()[3]
+
+
 def test_runs_side_by_side_and_their_picture(tmp_path: Path) -> None:
     runs = plan(replace(TINY, steps=20), ["swap100-1of2"], ["loss_ema"], 1, baselines=False)
     seen: list[int] = []
