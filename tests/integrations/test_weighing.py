@@ -153,13 +153,14 @@ def test_agreement_is_read_off_what_was_sent(mode: Any) -> None:
         assert values[3] < -0.5
 
 
-def test_every_signal_is_fed() -> None:
+@pytest.mark.parametrize("compressor", [None, ErrorFeedback(TopK(0.3))], ids=["dense", "top-k"])
+def test_every_signal_is_fed(compressor: Compressor | None) -> None:
     """Whatever a signal needs comes from the loop or is read off the gradients."""
     references = dict(zip(SHAPES, torch.split(gradient(50, 0), list(SIZES.values())), strict=True))
 
     def work(group: MemoryGroup) -> dict[str, Any]:
         weighting = SignalWeighted(EVERY_SIGNAL, warmup=1000)
-        worker = Worker(group, ErrorFeedback(TopK(0.3)), mode="split", aggregate=weighting)
+        worker = Worker(group, compressor, mode="split" if compressor else "auto", aggregate=weighting)
         worker.exchange.refer_to(references)
         for number in range(24):
             worker.step(number, improvement=0.1)

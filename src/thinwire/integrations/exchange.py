@@ -223,7 +223,7 @@ class Exchange:
             self._whole.append((flat, update))
             return
         if self.reduction.compressor is None and flat.dtype == torch.float32:
-            self._reduce_dense(flat)
+            self._reduce_dense(flat, keys[0])
             return
         unit = self._unit_of(tuple(keys), layout, flat.device)
         unit.begin(self.rollback)
@@ -260,15 +260,14 @@ class Exchange:
             else:
                 self._write(one.flat, reduced, unit)
 
-    def _reduce_dense(self, flat: Tensor) -> None:
+    def _reduce_dense(self, flat: Tensor, key: str) -> None:
         weigher = self.weigher
         own = flat.clone() if weigher and "agreement" in weigher.needs else None
         self.group.all_reduce_(flat)
         flat /= self.group.size
         if weigher:
             self._bad |= not all_finite(flat)
-            if own is not None:
-                weigher.see_others(own / self._scale, flat / self._scale)
+            weigher.see_dense(key, own, flat, self._scale)
 
     def _aggregate(self) -> None:
         """Whole updates, all at once, since what is robust looks at all of a worker's at once."""

@@ -88,6 +88,13 @@ class Weigher:
             sent, mean = own.values[kept], there[kept].float() / scale
             self.see_others(sent, mean)
 
+    def see_dense(self, key: str, own: Tensor | None, mean: Tensor, scale: float) -> None:
+        """:meth:`see_mean` where everything was sent; ``own`` is what this rank sent, if agreement is wanted."""
+        if "dot_previous" in self.needs:
+            self._previous[key] = (None, mean / scale)
+        if own is not None:
+            self.see_others(own / scale, mean / scale)
+
     def see_others(self, sent: Tensor, mean: Tensor) -> None:
         """``mean`` over the ranks, where this one sent ``sent``; it is compared with what the others did to it."""
         others = mean - sent / self.group.size
