@@ -27,13 +27,15 @@ def test_imports_go_down_only() -> None:
 
 def test_the_public_surface_is_what_it_was() -> None:
     assert thinwire.__all__ == [
-        "ApplyResult", "Consumer", "PublishReport", "Publisher", "ThinwireError", "Version", "__version__",
-        "open_store",
+        "ApplyResult", "Consumer", "PublishReport", "Publisher", "SparseTaskRouter", "ThinwireError", "Version",
+        "__version__", "merge", "open_store",
     ]  # fmt: skip
     for name in thinwire.__all__:
         assert getattr(thinwire, name) is not None
-    with pytest.raises(AttributeError):
-        thinwire.nothing  # noqa: B018
+    assert thinwire.merge.Continual.__name__ == "Continual"
+    for owner in (thinwire, thinwire.merge):
+        with pytest.raises(AttributeError):
+            owner.nothing  # noqa: B018
 
 
 def test_importing_is_inert() -> None:

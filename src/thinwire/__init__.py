@@ -13,7 +13,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from thinwire import merge
     from thinwire.errors import ThinwireError
+    from thinwire.integrations.router import SparseTaskRouter
     from thinwire.stores import open_store
     from thinwire.sync.consumer import ApplyResult, Consumer, Version
     from thinwire.sync.publisher import Publisher, PublishReport
@@ -24,9 +26,11 @@ __all__ = [
     "Consumer",
     "PublishReport",
     "Publisher",
+    "SparseTaskRouter",
     "ThinwireError",
     "Version",
     "__version__",
+    "merge",
     "open_store",
 ]
 
@@ -35,6 +39,7 @@ _HOMES = {
     "Consumer": "thinwire.sync.consumer",
     "PublishReport": "thinwire.sync.publisher",
     "Publisher": "thinwire.sync.publisher",
+    "SparseTaskRouter": "thinwire.integrations.router",
     "ThinwireError": "thinwire.errors",
     "Version": "thinwire.sync.consumer",
     "open_store": "thinwire.stores",
@@ -42,6 +47,8 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:  # torch and numba are imported when they are first needed
+    if name == "merge":
+        return import_module("thinwire.merge")
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'thinwire' has no attribute {name!r}")

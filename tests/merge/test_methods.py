@@ -15,11 +15,16 @@ from thinwire.merge.delta import TensorDelta, delta_between
 from thinwire.merge.methods import METHODS
 from thinwire.merge.methods.base import Task
 from thinwire.merge.oracle import merge_dense
-from thinwire.merge.recipe import recipe_of
-from thinwire.merge.tensor import merge_tensor, vector_of
+from thinwire.merge.recipe import Recipe, recipe_of
+from thinwire.merge.tensor import merge_tensor, surveyed, vector_of
 
 SHAPES = [(24,), (6, 8), (3, 4, 5), (9, 1)]
 NAME = "layers.0.w"
+
+
+def merged_alone(deltas: list[TensorDelta], recipe: Recipe) -> TensorDelta:
+    """The merge of a model that has one tensor."""
+    return merge_tensor(NAME, deltas, surveyed(recipe, [(NAME, deltas)]))
 
 
 @st.composite
@@ -76,8 +81,8 @@ def della_chances(delta: TensorDelta, density: float, epsilon: float) -> np.ndar
 @given(problem=problems())
 def test_sparse_methods_equal_their_dense_oracles(problem: tuple) -> None:
     base, tuned, values, method = problem
-    recipe = recipe_of(method, len(tuned), **values)
     deltas = [delta_between(base, new) for new in tuned]
+    recipe = surveyed(recipe_of(method, len(tuned), **values), [(NAME, deltas)])
     merged = merge_tensor(NAME, deltas, recipe).check()
     resolved = recipe.at(NAME)
     kept = kept_at_random(deltas, method, resolved.tasks)
@@ -94,9 +99,9 @@ def test_one_task_with_all_of_it_kept_is_the_task_itself(method: str, problem: t
     base, tuned, _, _ = problem
     delta = delta_between(base, tuned[0])
     settings = {"epsilon": 0.0} if method.startswith("ram") else {}
-    if method == "ramplus_tl":
+    if method.startswith("ramplus"):
         settings["r"] = 0.0
-    merged = merge_tensor(NAME, [delta], recipe_of(method, 1, **settings))
+    merged = merged_alone([delta], recipe_of(method, 1, **settings))
     assert np.array_equal(merged.positions, delta.positions)
     assert np.array_equal(merged.new, delta.new)
 
@@ -110,8 +115,8 @@ def test_the_order_of_tasks_does_not_matter(problem: tuple, order: object) -> No
     places = list(range(len(deltas)))
     order.shuffle(places)  # type: ignore[attr-defined]
     moved = {k: [v[i] for i in places] if isinstance(v, list) else v for k, v in values.items()}
-    one = merge_tensor(NAME, deltas, recipe_of(method, len(deltas), **values))
-    other = merge_tensor(NAME, [deltas[i] for i in places], recipe_of(method, len(deltas), **moved))
+    one = merged_alone(deltas, recipe_of(method, len(deltas), **values))
+    other = merged_alone([deltas[i] for i in places], recipe_of(method, len(deltas), **moved))
     full = [torch.zeros(base.numel()) for _ in range(2)]
     for into, delta in zip(full, (one, other), strict=True):
         into[torch.from_numpy(delta.positions.astype(np.int64))] = torch.from_numpy(delta.differences())
@@ -125,7 +130,7 @@ def test_lambda_scales_the_merged_vector(problem: tuple) -> None:
     zeros = [torch.zeros(base.numel(), dtype=torch.float64) for _ in range(2)]
     for into, factor in zip(zeros, (1.0, 0.25), strict=True):
         merged = (
-            merge_tensor(NAME, deltas, recipe_of(method, len(deltas), **values | {"lambda_": factor}))
+            merged_alone(deltas, recipe_of(method, len(deltas), **values | {"lambda_": factor}))
             if "lambda" in METHODS[method].parameters
             else None
         )
@@ -143,8 +148,33 @@ def test_a_task_without_changes_only_dilutes_what_divides_by_all(problem: tuple)
         return
     deltas = [delta_between(base, new) for new in tuned]
     more = {k: [*v, 1.0] if isinstance(v, list) else v for k, v in values.items()}
-    one = merge_tensor(NAME, deltas, recipe_of(method, len(deltas), **values))
-    other = merge_tensor(NAME, [*deltas, delta_between(base, base)], recipe_of(method, len(deltas) + 1, **more))
+    one = merged_alone(deltas, recipe_of(method, len(deltas), **values))
+    other = merged_alone([*deltas, delta_between(base, base)], recipe_of(method, len(deltas) + 1, **more))
+    assert np.array_equal(one.positions, other.positions)
+    assert np.array_equal(one.new, other.new)
+
+
+def test_ramplus_takes_the_ratio_over_the_whole_model() -> None:
+    """Two tensors: in the first all changes are shared, in the second none, so over both, task 1 shares 2 of 5."""
+    zeros = torch.zeros(6)
+    shared = [delta_between(zeros, torch.tensor([1.0, 1, 0, 0, 0, 0]))] * 2
+    own = [delta_between(zeros, torch.tensor(v)) for v in ([1.0, 1, 1, 0, 0, 0], [0, 0, 0, 0, 0, 1.0])]
+    recipe = recipe_of("ramplus", 2, r=0.5, alpha=10.0)
+    with pytest.raises(MisuseError, match="surveyed"):
+        merge_tensor("b", own, recipe)
+    whole = surveyed(recipe, [("a", shared), ("b", own)])
+    assert whole.survey == pytest.approx((2 / 3, 2.0))
+    merged = merge_tensor("b", own, whole)
+    assert merged.values(merged.new).tolist() == pytest.approx([1 + 0.5 * 2 / 3] * 3 + [1 + 0.5 * 2])
+    local = merge_tensor("b", own, recipe_of("ramplus_tl", 2, r=0.5, alpha=10.0))
+    assert local.values(local.new).tolist() == [1.0] * 4
+
+
+@given(problem=problems())
+def test_ramplus_of_one_tensor_is_ramplus_tl(problem: tuple) -> None:
+    base, tuned, _, _ = problem
+    deltas = [delta_between(base, new) for new in tuned]
+    one, other = (merged_alone(deltas, recipe_of(name, len(deltas))) for name in ("ramplus", "ramplus_tl"))
     assert np.array_equal(one.positions, other.positions)
     assert np.array_equal(one.new, other.new)
 

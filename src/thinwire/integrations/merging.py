@@ -26,7 +26,7 @@ from thinwire.integrations.patch_deltas import PatchReader, check_parent, source
 from thinwire.merge.combine import Counts, count_overlap
 from thinwire.merge.delta import MERGEABLE, TensorDelta
 from thinwire.merge.recipe import Recipe, layers_of, recipe_of
-from thinwire.merge.tensor import merge_tensor, vector_of
+from thinwire.merge.tensor import merge_tensor, surveyed, vector_of
 from thinwire.sync.checkpoint import Checkpoint, open_checkpoint, tree_of_checkpoint
 from thinwire.sync.encode import Options, make_patch, thread_count
 from thinwire.sync.files import Stages, map_private, stage_of
@@ -101,6 +101,7 @@ def merged_deltas(readers: Sequence[PatchReader], recipe: Recipe) -> Iterator[tu
             return list(pool.map(lambda reader: reader.delta(name), readers))
 
         queue = [name for name in readers[0].names if name in changed] if readers else []
+        recipe = surveyed(recipe, ((name, decode(name)) for name in queue))
         following = ahead.submit(decode, queue[0]) if queue else None
         for i, name in enumerate(queue):
             assert following is not None
@@ -159,10 +160,13 @@ def _bytes(delta: TensorDelta | None) -> int:
 def _changes_of(readers: Sequence[PatchReader], recipe: Recipe, pool: ThreadPoolExecutor) -> Callable[[str], Any]:
     changed = {name for reader in readers for name in reader.changed}
 
+    def decode(name: str) -> list[TensorDelta]:
+        return list(pool.map(lambda reader: reader.delta(name), readers))
+
+    known = surveyed(recipe, ((name, decode(name)) for name in sorted(changed)))
+
     def changes(name: str) -> TensorDelta | None:
-        if name not in changed:
-            return None
-        return merge_tensor(name, list(pool.map(lambda reader: reader.delta(name), readers)), recipe)
+        return merge_tensor(name, decode(name), known) if name in changed else None
 
     return changes
 

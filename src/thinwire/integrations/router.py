@@ -34,7 +34,7 @@ from thinwire.integrations.task_store import TaskStore
 from thinwire.integrations.turns import Turns
 from thinwire.merge.delta import TensorDelta
 from thinwire.merge.recipe import layers_of, recipe_of
-from thinwire.merge.tensor import merge_tensor
+from thinwire.merge.tensor import merge_tensor, surveyed
 from thinwire.sync.files import map_private
 from thinwire.wire.patch import Patch
 from thinwire.wire.spec import TABLE_BYTES_MAX
@@ -254,11 +254,14 @@ def _merged(
 ) -> dict[str, TensorDelta]:
     like = {name: delta for task in tasks for name, delta in task.deltas.items()}
     recipe = recipe_of(method, len(tasks), weight=list(weights), layers=layers_of(like), **settings)
-    found = {}
-    for name, d in like.items():
+
+    def deltas(name: str) -> list[TensorDelta]:
+        d = like[name]
         none = TensorDelta(d.dtype, d.shape, d.positions[:0], d.base[:0], d.new[:0])
-        found[name] = merge_tensor(name, [task.deltas.get(name, none) for task in tasks], recipe)
-    return found
+        return [task.deltas.get(name, none) for task in tasks]
+
+    recipe = surveyed(recipe, ((name, deltas(name)) for name in like))
+    return {name: merge_tensor(name, deltas(name), recipe) for name in like}
 
 
 def _read(path: Path) -> Patch:

@@ -80,7 +80,10 @@ def _ram(name: str, vectors: _Dense, shared: Mapping[str, Any]) -> _Dense:
     changed = vectors.abs() > shared["epsilon"]
     counts = changed.sum(dim=0)
     scale = torch.ones(len(vectors), dtype=vectors.dtype)
-    if name == "ramplus_tl":
+    if name == "ramplus":
+        rho = torch.tensor(shared["survey"])
+        scale = 1 + shared["r"] * rho.to(vectors.dtype).clamp(0, shared["alpha"])
+    elif name == "ramplus_tl":
         rho = (changed & (counts > 1)).sum(dim=1) / (changed & (counts == 1)).sum(dim=1).clamp(min=1e-12)
         scale = 1 + shared["r"] * rho.to(vectors.dtype).clamp(0, shared["alpha"])
     own = (vectors * (changed & (counts == 1)) * scale[:, None]).sum(dim=0)
@@ -98,7 +101,7 @@ def merge_dense(name: str, vectors: _Dense, found: Resolved, kept: _Dense) -> _D
     weighed = vectors * weights
     if name == "sce":
         merged = _sce(vectors, shared)
-    elif name in ("ram", "ramplus_tl"):
+    elif name in ("ram", "ramplus", "ramplus_tl"):
         merged = _ram(name, vectors, shared)
     elif name == "changed_mean":
         divisor = (weights * (vectors != 0)).sum(dim=0)

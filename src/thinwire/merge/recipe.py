@@ -29,7 +29,7 @@ import difflib
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -69,13 +69,15 @@ class Resolved:
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """A method, the settings all share, and those of each task, which go before. ``layers`` spans the gradients."""
+    """A method, the settings all share, and those of each task, which go before. ``layers`` spans the gradients.
+    ``survey`` is what the method has to know of all tensors, one number a task
+    (:func:`thinwire.merge.tensor.surveyed`)."""
 
     method: Method
     shared: Mapping[str, Any]
     tasks: tuple[Mapping[str, Any], ...]
     layers: int = 0
-    metadata: Mapping[str, str] = field(default_factory=dict)
+    survey: tuple[float, ...] | None = None
 
     def at(self, name: str) -> Resolved:
         """All parameters for the tensor ``name``.
@@ -93,6 +95,7 @@ class Recipe:
             for own, found in zip(self.tasks, tasks, strict=True):
                 found[key] = _value(key, parameter, [own.get(key), self.shared.get(key)], name, share)
         shared["all_weights"] = tuple(task.get("weight", 1.0) for task in tasks)
+        shared["survey"] = self.survey
         return Resolved(shared, tuple(tasks))
 
     def _share(self, name: str) -> float:

@@ -13,17 +13,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from thinwire.errors import MisuseError
-from thinwire.merge.combine import Vector
+from thinwire.merge.combine import Vector, count_overlap
 from thinwire.merge.delta import MERGEABLE, TensorDelta, cells_from, delta_of_cells, floats_of
 from thinwire.merge.methods.base import Task
 from thinwire.merge.recipe import Recipe
 
-__all__ = ["merge_tensor", "vector_of"]
+__all__ = ["merge_tensor", "surveyed", "vector_of"]
 
 
 def vector_of(delta: TensorDelta, name: str = "a tensor") -> Vector:
@@ -46,6 +47,26 @@ def vector_of(delta: TensorDelta, name: str = "a tensor") -> Vector:
     return Vector(delta.positions, values, delta.base).where(values != 0)
 
 
+def surveyed(recipe: Recipe, tensors: Iterable[tuple[str, Sequence[TensorDelta]]]) -> Recipe:
+    """The recipe with what its method has to know of the whole model; ``tensors`` are read only if it has to know.
+
+    ``tensors`` gives each changed tensor's name and one delta a task. Tensors without numbers do not count.
+
+    Raises:
+        MisuseError: as :func:`merge_tensor`.
+    """
+    if recipe.method.survey is None:
+        return recipe
+    counts = []
+    for name, deltas in tensors:
+        if deltas[0].dtype in MERGEABLE:
+            threshold = recipe.at(name).shared.get("epsilon", 0.0)
+            vectors = [vector_of(delta, f"{name} of task {i + 1}") for i, delta in enumerate(deltas)]
+            counts.append(count_overlap(vectors, threshold))
+    empty = [0.0] * len(recipe.tasks)
+    return replace(recipe, survey=tuple(recipe.method.survey(counts) if counts else empty))
+
+
 def merge_tensor(name: str, deltas: Sequence[TensorDelta], recipe: Recipe) -> TensorDelta:
     """The merged delta of the tensor ``name`` from one delta of each task, empty ones included.
 
@@ -59,6 +80,8 @@ def merge_tensor(name: str, deltas: Sequence[TensorDelta], recipe: Recipe) -> Te
     first = deltas[0] if deltas else None
     if first is None or len(deltas) != len(recipe.tasks):
         raise MisuseError(f"{name}: {len(deltas)} deltas for {len(recipe.tasks)} tasks")
+    if recipe.method.survey is not None and recipe.survey is None:
+        raise MisuseError(f"{recipe.method.name} has to know all tensors first: take the recipe that surveyed() gives")
     for delta in deltas:
         if (delta.dtype, delta.shape) != (first.dtype, first.shape):
             raise MisuseError(

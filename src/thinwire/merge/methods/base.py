@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from thinwire.merge import sparsify
-from thinwire.merge.combine import Vector
+from thinwire.merge.combine import Counts, Vector
 
 __all__ = ["COMMON", "Method", "Parameter", "Settings", "Task", "rescaled"]
 
@@ -57,7 +57,8 @@ Settings = Mapping[str, Any]
 @dataclass(frozen=True, slots=True)
 class Method:
     """A way of merging. ``combine`` takes the tasks that have changes in a tensor, at least one, and *all* weights are
-    those of the tasks; it gives the vector to add to the base."""
+    those of the tasks; it gives the vector to add to the base. ``survey``, where there is one, makes a number for each
+    task of how their changes meet in every tensor; ``combine`` finds them in ``settings["survey"]``."""
 
     name: str
     title: str
@@ -65,6 +66,7 @@ class Method:
     agrees_with: str
     parameters: Mapping[str, Parameter]
     combine: Callable[[list[Task], Settings], Vector]
+    survey: Callable[[Sequence[Counts]], list[float]] | None = None
 
 
 COMMON = {"weight": Parameter(1.0, per_task=True), "lambda": Parameter(1.0)}
