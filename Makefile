@@ -7,7 +7,7 @@ MODEL ?= tiny
 WORKERS ?= auto
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-data test-gpu fuzz lint types format bench bench-real bench-follow bench-accuracy bench-signal clean
+.PHONY: help setup demo test test-slow test-data test-gpu fuzz lint types format bench bench-real bench-follow bench-accuracy bench-signal bench-merge bench-switch bench-merge-suite clean
 
 help: ## what there is
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -78,6 +78,15 @@ bench-accuracy: $(VENV)/.dev ## accuracy under compression, even and skewed shar
 
 bench-signal: $(VENV)/.dev ## bad workers: weights by signals beside uniform, an oracle and robust aggregators
 	$(PYTHON) -m thinwire bench signal
+
+bench-merge: $(VENV)/.dev ## merging in sparse space beside mergekit; METHODS=ties,sce
+	$(PYTHON) -m thinwire bench merge --methods $(or $(METHODS),task_arithmetic,ties,sce,ram)
+
+bench-switch: $(VENV)/.dev ## switching a 0.5 B model's tasks beside PEFT's LoRA merge and unmerge
+	$(PYTHON) -m thinwire bench switch
+
+bench-merge-suite: $(VENV)/.dev ## four small tasks: experts, every merge method, and the router
+	$(PYTHON) -m thinwire bench merge-suite
 
 clean: ## remove what make and the tools have made
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

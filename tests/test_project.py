@@ -52,7 +52,7 @@ OPTIONAL = {
     "datasets": {"lab"},
     "fsspec": {"stores"},
     "gguf": {"lab"},
-    "matplotlib": {"bench"},
+    "matplotlib": {"bench", "merge"},
     "mergekit": {"bench"},
     "pcodec": {"bench"},
     "plotly": {"bench", "lab"},

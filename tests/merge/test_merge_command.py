@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -12,7 +13,9 @@ from tests.cli.tools import thinwire
 from tests.merge.states import random_state, tuned
 from thinwire.cli.merge_config import config_of
 from thinwire.errors import MisuseError
-from thinwire.integrations.merging import merge, patch_between
+from thinwire.integrations.merging import merge, overlap, patch_between
+from thinwire.integrations.patch_deltas import PatchReader, source_of_state
+from thinwire.merge import figure
 
 YAML = """base_model: base
 merge_method: ties
@@ -77,6 +80,24 @@ def test_overlap_shows_shares_and_conflicts(folder: Path) -> None:
     assert "sign" in shown
     assert "math alone" in " ".join(shown.split())
     thinwire(*words[:-1], code=2)
+    thinwire(*words, "--figure", folder / "overlap.png")
+    assert (folder / "overlap.png").read_bytes()[1:4] == b"PNG"
+    refused = thinwire(*words, "--figure", folder / "overlap.docx", code=2)
+    assert "docx" in refused.err
+
+
+def test_the_figure_shows_the_shares_of_the_counts(tmp_path: Path) -> None:
+    base = {name: torch.zeros(4) for name in ("embed", "h.0.up", "h.1.up")}
+    moves = [[1.0, 1, 0, 0], [1.0, -1, 1, 0]]
+    patches = [patch_between(base, {name: torch.tensor(move) for name in base}) for move in moves]
+    found = list(overlap([PatchReader(patch, source_of_state(base)) for patch in patches]))
+    rows, columns, several, clashes = figure._grids(found)
+    assert (rows, columns) == (["outside layers", "layer 0", "layer 1"], ["outside", "up"])
+    assert several.tolist() == pytest.approx(np.array([[2 / 3, np.nan], [np.nan, 2 / 3], [np.nan, 2 / 3]]), nan_ok=True)
+    assert clashes[1, 1] == 0.5
+    assert figure._jaccard([counts for _, _, counts in found])[0, 1] == pytest.approx(2 / 3)
+    with pytest.raises(MisuseError, match="nothing to draw"):
+        figure.overlap_figure([], [], tmp_path / "x.png")
 
 
 WRONG = [

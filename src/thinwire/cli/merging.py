@@ -25,7 +25,7 @@ _EXAMPLES = examples(
     "thinwire merge --config merge.yaml -o ./merged",
     "thinwire merge --config merge.yaml -o merged.patch",
     "thinwire merge from-lora ./base ./adapter -o math.patch",
-    "thinwire merge overlap --base ./base math.patch code.patch",
+    "thinwire merge overlap --base ./base math.patch code.patch --figure overlap.png",
 )
 _COMMANDS = {"context_settings": {"help_option_names": ["-h", "--help"]}}
 app = typer.Typer(invoke_without_command=True, add_completion=False, rich_markup_mode="rich", **_COMMANDS)  # type: ignore[arg-type]
@@ -147,6 +147,7 @@ def overlap(
     ctx: typer.Context,
     patches: Annotated[list[Path], typer.Argument(help="Patches that start from one base.", show_default=False)],
     base: Annotated[Path, typer.Option("--base", help="The checkpoint they start from.", show_default=False)],
+    figure: Annotated[Path | None, typer.Option(help="Draw heat maps here: .png, .pdf or .svg.")] = None,
     threads: Threads = 0,
     as_json: Json = False,
 ) -> None:
@@ -160,8 +161,13 @@ def overlap(
         raise MisuseError("give two patches or more")
     with output.bars():
         readers = open_readers(open_checkpoint(base), [read_patch(path) for path in patches], threads=threads)
-        rows = _by_layer(count(readers))
+        found = list(count(readers))
+        rows = _by_layer(found)
     names = [path.stem for path in patches]
+    if figure is not None:
+        from thinwire.merge.figure import overlap_figure
+
+        overlap_figure(found, names, figure)
     output.document({"patches": [str(p) for p in patches], "layers": rows})
     if not as_json:
         _show(output, rows, names)

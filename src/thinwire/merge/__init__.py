@@ -1,8 +1,8 @@
 """Merging fine-tunes of one base as sparse deltas: time and memory follow the changed weights, not all of them.
 
 The package can be called, which is :func:`thinwire.integrations.merging.merge`, and knows ``Continual``
-(:mod:`thinwire.integrations.continual`). Both stand above it: they are looked up when they are used, and nothing in here
-builds on them.
+(:mod:`thinwire.integrations.continual`). Both stand above it: they are looked up when they are used, and nothing in
+here builds on them.
 
 >>> import torch, thinwire
 >>> from thinwire.integrations.merging import patch_between
