@@ -138,6 +138,8 @@ def follow_on_device(
 ) -> int:
     """As :func:`thinwire.probe.change_kernels.follow_bytes`, for a contiguous tensor and ``kept`` [n, uint8]."""
     changed, flat = 0, tensor.reshape(-1)
+    if words.size:
+        words[:] = 0
     for start in range(0, flat.numel(), _BLOCK):
         part = slice(start, start + _BLOCK)
         fresh = byte_of(flat[part])

@@ -43,7 +43,17 @@ from thinwire.tensors.bits import cells_of, dtype_of_tensor, is_host_view, tenso
 from thinwire.wire.spec import DType
 from thinwire.wire.values import flip_mask
 
-__all__ = ["BLOCK", "NO_WORDS", "Changes", "Limits", "compare", "compare_blocks", "plain_tensor", "ulp_bin_label"]
+__all__ = [
+    "BLOCK",
+    "NO_LIMITS",
+    "NO_WORDS",
+    "Changes",
+    "Limits",
+    "compare",
+    "compare_blocks",
+    "plain_tensor",
+    "ulp_bin_label",
+]
 
 Words = npt.NDArray[np.uint64]
 
@@ -81,6 +91,9 @@ class Limits:
     def none(self) -> bool:
         """Whether every change counts."""
         return not (self.absolute or self.relative or self.ulps)
+
+
+NO_LIMITS = Limits()
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,7 +259,7 @@ def _compare_on_host(old: Tensor, new: Tensor, limits: Limits, renew: bool, word
 
 
 def compare(
-    old: Tensor, new: Tensor, limits: Limits = Limits(), *, renew: bool = False, words: Words = NO_WORDS
+    old: Tensor, new: Tensor, limits: Limits = NO_LIMITS, *, renew: bool = False, words: Words = NO_WORDS
 ) -> Changes:  # fmt: skip
     """What changed from ``old`` to ``new``: tensors of one data type, shape and device.
 
