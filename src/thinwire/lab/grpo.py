@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from thinwire.errors import MisuseError
-from thinwire.lab.optimiser import MasterAdamW
+from thinwire.lab.optimiser import Stepping
 from thinwire.lab.rollouts import Rollouts, token_logprobs
 
 __all__ = ["StepReport", "advantages", "grpo_loss", "grpo_step"]
@@ -88,10 +88,11 @@ def grpo_loss(
 
 def grpo_step(
     model: Any,
-    optimiser: MasterAdamW,
+    optimiser: Stepping,
     batch: Rollouts,
     *,
     group: int,
+    advantage: torch.Tensor | None = None,
     rows_max: int = 128,
     clip_low: float = 0.2,
     clip_high: float = 0.28,
@@ -99,12 +100,16 @@ def grpo_step(
     """One optimiser step on ``batch``, whose answers come in groups of ``group`` to one prompt.
 
     At most ``rows_max`` answers go through the model at once; the gradient is that of the whole batch. Answers whose
-    advantage is 0 have none and are left out of the model's work and of ``drift`` and ``clipped``.
+    advantage is 0 have none and are left out of the model's work and of ``drift`` and ``clipped``. ``advantage`` (fp32
+    [B]) stands in for that of :func:`advantages`, for studies that change it.
 
     Raises:
-        MisuseError: the batch does not divide into groups.
+        MisuseError: the batch does not divide into groups, or there is not one advantage an answer.
     """
-    advantage = advantages(batch.rewards, group)
+    if advantage is None:
+        advantage = advantages(batch.rewards, group)
+    if advantage.shape != batch.rewards.shape:
+        raise MisuseError(f"{advantage.numel()} advantages for {batch.rewards.numel()} answers")
     useful = advantage.nonzero().flatten()
     total = batch.mask[useful].sum().clamp(min=1)
     loss = drift = clipped = 0.0

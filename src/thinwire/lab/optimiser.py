@@ -8,10 +8,17 @@ served do not change (Miahi and Belilovsky 2026, arXiv:2602.03839).
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Protocol
 
 import torch
 
-__all__ = ["MasterAdamW"]
+__all__ = ["MasterAdamW", "Stepping"]
+
+
+class Stepping(Protocol):
+    """What takes a model's gradients: updates its weights, removes the gradients, and returns their norm."""
+
+    def step(self) -> float: ...
 
 
 class MasterAdamW:

@@ -15,7 +15,7 @@ from thinwire.lab.recipes import Recipe
 from thinwire.lab.rollouts import Rollouts, sample, token_logprobs
 from thinwire.lab.tasks import Problem, problem_set
 
-__all__ = ["Evaluation", "evaluate", "rollouts_for", "warm_start"]
+__all__ = ["Evaluation", "evaluate", "learn_from_answers", "rollouts_for", "warm_start"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +89,7 @@ def warm_start(recipe: Recipe, model: Any, *, seed: int, on_step: Callable[[int,
     source = random.Random(f"warm {seed}")
     reward = 0.0
     for step in range(1, recipe.warm_steps_max + 1):
-        _learn_from_answers(recipe, model, [recipe.task.problem(source) for _ in range(128)])
+        learn_from_answers(recipe, model, [recipe.task.problem(source) for _ in range(128)])
         optimiser.set_lr(recipe.warm_lr * min(1.0, step / 20))
         optimiser.step()
         if step % 5 == 0:
@@ -105,8 +105,11 @@ def warm_start(recipe: Recipe, model: Any, *, seed: int, on_step: Callable[[int,
     )
 
 
-def _learn_from_answers(recipe: Recipe, model: Any, problems: Sequence[Problem]) -> None:
-    """Add the gradient of the mean cross-entropy of the right answers."""
+def learn_from_answers(recipe: Recipe, model: Any, problems: Sequence[Problem], *, prompts_too: bool = False) -> float:
+    """Add the gradient of the mean cross-entropy of the right answers' tokens, and return it (nats).
+
+    ``prompts_too`` counts the prompts' tokens but their first as well, as pre-training does.
+    """
     tokenizer = recipe.tokenizer
     prompts = [tokenizer.encode(problem.prompt) for problem in problems]
     answers = [[*tokenizer.encode(p.answer), tokenizer.end][: recipe.answer_tokens_max] for p in problems]
@@ -117,7 +120,9 @@ def _learn_from_answers(recipe: Recipe, model: Any, problems: Sequence[Problem])
         tokens.append([tokenizer.pad] * before + prompt + answer + [tokenizer.pad] * after)
         attention.append([0] * before + [1] * (len(prompt) + len(answer)) + [0] * after)
     row = torch.tensor(attention)
-    mask = row[:, left:].float()
-    logprobs = token_logprobs(model, torch.tensor(tokens), row, first=left)[:, left:]
+    first = 1 if prompts_too else left
+    mask = row[:, first:] * row[:, first - 1 : -1]  # a row's first token has none before it
+    logprobs = token_logprobs(model, torch.tensor(tokens), row, first=first)[:, first:]
     loss = -(logprobs * mask).sum() / mask.sum()
     torch.autograd.backward(loss)
+    return float(loss.detach())

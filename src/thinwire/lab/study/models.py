@@ -1,0 +1,119 @@
+"""The models of a study: made and warm-started in it, SmolLM2-135M, or one of a hub.
+
+A size is a mapping. ``{hidden: 128, layers: 3}`` is a small Llama that learns a little of its task from examples first,
+once for each seed, and is kept; ``{model: smollm2}`` is SmolLM2-135M-Instruct; ``{model: "hub:NAME"}`` any causal
+language model that Transformers can load by that name.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from thinwire.errors import MisuseError
+from thinwire.lab.reasoning import ALPHABET, SHORT, ReasoningGym
+from thinwire.lab.recipes import Recipe
+from thinwire.lab.study.matrix import Run, Study
+from thinwire.lab.tasks import CharTokenizer, SortDigits, Task
+from thinwire.lab.training import warm_start
+
+__all__ = ["is_made_here", "recipe_for", "start_of", "task_of"]
+
+WARM_TARGET = 0.3
+_ANSWER_TOKENS = {"chain_sum": 5, "products": 5, "spell_backward": 8, "count_bits": 3, "gcd": 4, "lcm": 6}
+
+
+def is_made_here(size: Mapping[str, Any]) -> bool:
+    """Whether the size's model is one that the study makes."""
+    return "model" not in size
+
+
+def task_of(name: str, settings: Mapping[str, Any], *, short: bool) -> Task:
+    """The task of a study.
+
+    Raises:
+        MisuseError: there is no such task, or reasoning-gym is not installed.
+    """
+    if name == "sort_digits":
+        return SortDigits(**settings)
+    return ReasoningGym(name, short=short, **settings)
+
+
+def recipe_for(study: Study, run: Run, *, lr: float = 0.0) -> Recipe:
+    """What ``run`` trains: model, task, tokenizer, batch sizes."""
+    size = study.sizes[run.size]
+    made_here = is_made_here(size)
+    task = task_of(run.task, study.tasks[run.task], short=made_here or run.task in SHORT)
+    common: dict[str, Any] = {
+        "task": task, "group": 8, "batches": 1, "lr": lr, "steps_max": run.steps, "seconds": 1e9,
+        "evaluation_samples": 1,
+    }  # fmt: skip
+    if made_here:
+        tokenizer = CharTokenizer(ALPHABET + ">")
+
+        def make(seed: int) -> Any:
+            from thinwire.lab.models import tiny_llama
+
+            return tiny_llama(tokenizer.size, dtype=torch.float32, seed=seed, **size)
+
+        return Recipe(
+            name=run.size, about=f"a small Llama, {run.task}", tokenizer=tokenizer, pretrained=make, skeleton=make,
+            answer_tokens_max=_ANSWER_TOKENS.get(run.task, study.tasks[run.task].get("length", 15) + 1), prompts=8,
+            evaluation_problems=256, warm_target=WARM_TARGET, warm_steps_max=1500, warm_lr=2e-3, **common,
+        )  # fmt: skip
+    tokenizer, make = _pretrained(str(size["model"]))
+    return Recipe(
+        name=run.size, about=f"{size['model']}, {run.task}", tokenizer=tokenizer, pretrained=make, skeleton=make,
+        answer_tokens_max=int(size.get("answer_tokens_max", 16)), prompts=int(size.get("prompts", 4)),
+        evaluation_problems=int(size.get("evaluation_problems", 32)), **common,
+    )  # fmt: skip
+
+
+def _pretrained(model: str) -> tuple[Any, Any]:
+    from thinwire.lab.smollm2 import ChatTokenizer, smollm2, smollm2_tokenizer
+
+    if model == "smollm2":
+        return smollm2_tokenizer(), lambda seed: smollm2().float()
+    if not model.startswith("hub:"):
+        raise MisuseError(f"there is no model {model[:60]!r}; write smollm2, or hub:NAME")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    name = model.removeprefix("hub:")
+    return (
+        ChatTokenizer(AutoTokenizer.from_pretrained(name)),
+        lambda seed: AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).eval(),
+    )
+
+
+def start_of(study: Study, run: Run, folder: Path) -> Any:
+    """The fp32 model that ``run`` starts from; a warm start is made once for each size, task and seed, and kept in
+    ``folder``.
+
+    Pre-training starts from random weights. Of one seed, everything else starts from the same weights.
+
+    Raises:
+        MisuseError: the warm start did not reach its target.
+    """
+    recipe = recipe_for(study, run)
+    model = recipe.pretrained(run.seed)
+    if run.objective == "pretrain" or not is_made_here(study.sizes[run.size]):
+        return model
+    path = folder / f"{run.size}-{run.task}-{run.seed}.safetensors"
+    if not path.exists():
+        warm_start(recipe, model, seed=run.seed)
+        folder.mkdir(parents=True, exist_ok=True)
+        handle, scratch = tempfile.mkstemp(dir=folder, suffix=".tmp")
+        os.close(handle)
+        save_file({name: p.detach() for name, p in model.named_parameters()}, scratch)
+        os.replace(scratch, path)  # another process may have made the same
+    loaded = load_file(path)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(loaded[name])
+    return model
