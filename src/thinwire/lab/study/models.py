@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,28 +67,47 @@ def recipe_for(study: Study, run: Run, *, lr: float = 0.0) -> Recipe:
             answer_tokens_max=_ANSWER_TOKENS.get(run.task, study.tasks[run.task].get("length", 15) + 1), prompts=8,
             evaluation_problems=256, warm_target=WARM_TARGET, warm_steps_max=1500, warm_lr=2e-3, **common,
         )  # fmt: skip
-    tokenizer, make = _pretrained(str(size["model"]))
+    pretrained, load = _pretrained(str(size["model"]))
     return Recipe(
-        name=run.size, about=f"{size['model']}, {run.task}", tokenizer=tokenizer, pretrained=make, skeleton=make,
+        name=run.size, about=f"{size['model']}, {run.task}", tokenizer=pretrained, pretrained=load, skeleton=load,
         answer_tokens_max=int(size.get("answer_tokens_max", 16)), prompts=int(size.get("prompts", 4)),
         evaluation_problems=int(size.get("evaluation_problems", 32)), **common,
     )  # fmt: skip
 
 
-def _pretrained(model: str) -> tuple[Any, Any]:
-    from thinwire.lab.smollm2 import ChatTokenizer, smollm2, smollm2_tokenizer
+class _HubTokenizer:
+    """A pretrained tokenizer; answers end, and rows are padded, with its end-of-text token."""
+
+    def __init__(self, name: str) -> None:
+        from transformers import AutoTokenizer
+
+        self._tokenizer: Any = AutoTokenizer.from_pretrained(name)
+        self.end = self.pad = int(self._tokenizer.eos_token_id)
+
+    def encode(self, text: str) -> list[int]:
+        return [int(token) for token in self._tokenizer(text, add_special_tokens=False)["input_ids"]]
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        answer = list(tokens)
+        return str(self._tokenizer.decode(answer[: answer.index(self.end)] if self.end in answer else answer)).strip()
+
+
+def _pretrained(model: str) -> tuple[Any, Callable[[int], Any]]:
+    from thinwire.lab.smollm2 import smollm2, smollm2_tokenizer
 
     if model == "smollm2":
-        return smollm2_tokenizer(), lambda seed: smollm2().float()
+        template = "<|im_start|>user\nWhat is {}?<|im_end|>\n<|im_start|>assistant\n{}"  # it only has to go on
+        return smollm2_tokenizer(template), lambda _seed: smollm2(torch.float32)
     if not model.startswith("hub:"):
         raise MisuseError(f"there is no model {model[:60]!r}; write smollm2, or hub:NAME")
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    name = model.removeprefix("hub:")
-    return (
-        ChatTokenizer(AutoTokenizer.from_pretrained(name)),
-        lambda seed: AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).eval(),
-    )
+    def load(_seed: int) -> Any:
+        from transformers import AutoModelForCausalLM
+
+        family: Any = AutoModelForCausalLM
+        return family.from_pretrained(model.removeprefix("hub:"), dtype=torch.float32).eval()
+
+    return _HubTokenizer(model.removeprefix("hub:")), load
 
 
 def start_of(study: Study, run: Run, folder: Path) -> Any:

@@ -1,8 +1,9 @@
 """One optimiser step in a study: precision of the weights, controls on the gradient, enforced sparsity.
 
-Weights are fp32 ``masters`` that the optimiser updates and the model holds rounded to bf16; ``bf16``, which the optimiser
-updates in place; or ``fp32``. A control replaces the gradient by noise of the same norm in each tensor. Enforced sparsity
-lets the optimiser see the gradient of chosen weights only; its moments stay 0 elsewhere, and so do the updates.
+Weights are fp32 ``masters`` that the optimiser updates and the model holds rounded to bf16; ``bf16``, which the
+optimiser updates in place; or ``fp32``. A control replaces the gradient by noise of the same norm in each tensor.
+Enforced sparsity lets the optimiser see the gradient of chosen weights only; its moments stay 0 elsewhere, and so do
+the updates.
 """
 
 from __future__ import annotations
@@ -80,8 +81,8 @@ class Stepper:
 
     def _noise_like(self, gradient: torch.Tensor) -> torch.Tensor:
         noise = torch.randn(gradient.shape, generator=self._generator)
-        scale = gradient.float().norm() / noise.norm().clamp(min=1e-30)
-        return (noise * scale).to(gradient.dtype)
+        scale = float(gradient.float().norm()) / max(float(noise.norm()), 1e-30)
+        return noise.mul_(scale).to(gradient.dtype)
 
     def _masked(self, gradients: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         if self._enforce == "none":
