@@ -139,6 +139,7 @@ def policy() -> tuple[Any, dict[str, Tensor]]:
 
     model = tiny_llama(13, hidden=64, layers=1, dtype=torch.bfloat16, seed=3, init=0.3)
     tokens = torch.randint(2, 13, (4, 6), generator=torch.Generator().manual_seed(0))
+    tokens[3, 4] = 0  # a padding token that was sampled: its embedding learns nothing
     attention = torch.ones_like(tokens)
     attention[0, :2] = 0
     mask = torch.zeros(4, 6)

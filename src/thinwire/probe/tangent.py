@@ -16,7 +16,7 @@ contraction   memory besides the model's                                    work
 ============  ===========================================================  =======================================
 ``jacobian``  n O P numbers                                                n O
 ``blocks``    n O times the weights of a block of layers                   n O times the number of blocks
-``products``  P numbers and one forward pass of all examples               n O (1 + 2 n)
+``products``  P numbers and the graph of all examples' gradients           n O (1 + 2 n)
 ============  ===========================================================  =======================================
 
 >>> line = torch.nn.Linear(2, 1, bias=False)
@@ -33,7 +33,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.func import functional_call, jacrev, jvp, vjp, vmap
+from torch.func import functional_call, jacrev, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from thinwire.errors import MisuseError
@@ -247,21 +247,27 @@ class _Jacobian:
         return found
 
     def by_products(self) -> Tensor:
-        """Column by column J (J^T e): one backward pass of one example, one forward derivative of all of them."""
+        """Column by column J (J^T e), e being one output of one example.
+
+        J v is the derivative of ``u -> <J^T u, v>``, so it is of the gradients that training uses. Forward mode differs
+        from them: it knows nothing of an embedding's ``padding_idx``.
+        """
         size = self._count * self._width
         kernel = torch.zeros(size, size, dtype=torch.float64)
-
-        def everything(weights: Weights) -> Tensor:
-            return self._function(weights, self._inputs).flatten()
-
+        weights = {name: weight.clone().requires_grad_() for name, weight in self._weights.items()}
+        leaves = list(weights.values())
+        everything = self._function(weights, self._inputs).flatten()
+        zero = torch.zeros_like(everything, requires_grad=True)
+        pulled = torch.autograd.grad(everything, leaves, zero, create_graph=True, materialize_grads=True)
+        used = [i for i, gradient in enumerate(pulled) if gradient.requires_grad]
         for i in range(self._count):
-            example = _rows(self._inputs, i, i + 1)
-            out, pull = vjp(lambda w, example=example: self._function(w, example).flatten(), self._weights)[:2]
-            units = torch.eye(self._width, dtype=out.dtype, device=out.device)
+            out = self._function(weights, _rows(self._inputs, i, i + 1)).flatten()
             for o in range(self._width):
-                (direction,) = pull(units[o], retain_graph=True)
-                column = jvp(everything, (self._weights,), (direction,))[1]
-                kernel[:, i * self._width + o] = column.detach().double().cpu()
+                direction = torch.autograd.grad(out[o], leaves, retain_graph=True, materialize_grads=True)
+                column = torch.autograd.grad(
+                    [pulled[k] for k in used], zero, [direction[k] for k in used], retain_graph=True
+                )[0]
+                kernel[:, i * self._width + o] = column.double().cpu()
         return kernel
 
 
