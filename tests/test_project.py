@@ -52,7 +52,7 @@ OPTIONAL = {
     "datasets": {"lab"},
     "fsspec": {"stores"},
     "gguf": {"lab"},
-    "matplotlib": {"bench", "merge"},
+    "matplotlib": {"bench", "merge", "probe"},
     "mergekit": {"bench"},
     "pcodec": {"bench"},
     "plotly": {"bench", "lab"},
