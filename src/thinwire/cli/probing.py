@@ -115,16 +115,19 @@ def diff(
 def _table(output: Output, heading: str, rows: dict[str, Changes]) -> None:
     from rich.table import Table
 
-    table = Table(heading, *("elements", "changed", "of 1 ULP", "mean |Δ|", "max |Δ|", "‖Δ‖/‖w‖"))
+    headings = ["elements", "changed", "of 1 ULP", "mean |Δ|", "max |Δ|", "‖Δ‖/‖w‖"]
+    shown = slice(1, 3) if heading == "tensor" else slice(None)  # names are long
+    table = Table(heading, *headings[shown])
     table.columns[0].overflow = "fold"
     for column in table.columns[1:]:
         column.justify = "right"
     for name, c in rows.items():
         single = c.ulps[1] if len(c.ulps) > 1 else 0
-        table.add_row(
-            name, count_text(c.elements), share_text(c.density, 1), share_text(single, max(c.changed, 1)),
+        cells = [
+            count_text(c.elements), share_text(c.density, 1), share_text(single, max(c.changed, 1)),
             f"{c.mean_abs:.2g}", f"{c.max_abs:.2g}", f"{c.update_ratio:.2g}",
-        )  # fmt: skip
+        ]  # fmt: skip
+        table.add_row(name, *cells[shown])
     output.show(table)
 
 

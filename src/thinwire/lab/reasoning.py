@@ -26,8 +26,9 @@ SHORT = {
 }
 """Tasks whose questions can be shortened, and what of an entry's metadata is left of them."""
 
-ALPHABET = "0123456789abcdefghijklmnopqrstuvwxyz +-*=,[]"
-"""The characters of short questions and of their answers, for a :class:`~thinwire.lab.tasks.CharTokenizer`."""
+ALPHABET = "".join(chr(code) for code in range(32, 127))
+"""The characters of short questions and of their answers, for a :class:`~thinwire.lab.tasks.CharTokenizer`; entries
+with others are passed over."""
 
 _ENTRIES = 1 << 30  # an entry is made from its number when it is asked for
 
@@ -66,8 +67,11 @@ class ReasoningGym:
 
     def problem(self, source: random.Random) -> GymProblem:
         """The next problem drawn from ``source``."""
-        entry = self._entries[source.randrange(_ENTRIES)]
-        asked = f"{entry['metadata'][SHORT[self.name]]}=" if self.short else entry["question"]
+        for _ in range(100):
+            entry = self._entries[source.randrange(_ENTRIES)]
+            asked = f"{entry['metadata'][SHORT[self.name]]}=" if self.short else entry["question"]
+            if not self.short or (asked + str(entry["answer"])).isascii():
+                break
         return GymProblem(asked, str(entry["answer"]), entry)
 
     def reward(self, problem: Problem, completion: str) -> float:

@@ -55,7 +55,7 @@ def recipe_for(study: Study, run: Run, *, lr: float = 0.0) -> Recipe:
         "evaluation_samples": 1,
     }  # fmt: skip
     if made_here:
-        tokenizer = CharTokenizer(ALPHABET + ">")
+        tokenizer = CharTokenizer(ALPHABET)
 
         def make(seed: int) -> Any:
             from thinwire.lab.models import tiny_llama
