@@ -27,16 +27,15 @@ contraction   memory besides the model's                                    work
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.func import functional_call, jacrev, vmap
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.func import jacrev, vmap
 
 from thinwire.errors import MisuseError
+from thinwire.probe.functional import StandIn, Weights, differentiable, trainable, widened
 
 __all__ = [
     "Contraction",
@@ -46,13 +45,11 @@ __all__ = [
     "answer_logprobs",
     "drift",
     "tangent_kernel",
-    "trainable",
 ]
 
 Contraction = Literal["auto", "jacobian", "blocks", "products"]
 Inputs = Tensor | Mapping[str, Tensor]
 Outputs = Callable[[Any, Any], Tensor]
-Weights = dict[str, Tensor]
 
 _COLUMNS = 1 << 14
 """Weights whose derivatives are widened to float64 at a time."""
@@ -94,7 +91,7 @@ def tangent_kernel(
     weights = trainable(model, parameters)
     if count == 0:
         return torch.zeros((0, 0, 0, 0) if full else (0, 0), dtype=torch.float64)
-    with _evaluating(model), sdpa_kernel(SDPBackend.MATH):  # other attention kernels have no second derivatives
+    with differentiable(model):
         function = _function(model, outputs)
         with torch.no_grad():
             width = _check_outputs(function(weights, _rows(inputs, 0, 1)), 1)
@@ -178,24 +175,6 @@ def advantage_kernel(kernel: Tensor, advantages: Tensor) -> Tensor:
     return weights[:, None] * kernel.double() * weights
 
 
-def trainable(model: torch.nn.Module, names: Iterable[str] | None = None) -> Weights:
-    """The model's weights to differentiate by, detached, in float32 or wider; tied ones under their first name.
-
-    Raises:
-        MisuseError: there is none, a name is unknown, or one is not of real floats.
-    """
-    known = {name: weight for name, weight in model.named_parameters() if weight.requires_grad or names is not None}
-    chosen = list(known) if names is None else list(dict.fromkeys(names))
-    missing = [name for name in chosen if name not in known]
-    if missing or not chosen:
-        what = f"it has no weight {missing[0]!r}" if missing else "none of its weights requires a gradient"
-        raise MisuseError(f"the model cannot be differentiated by what was asked for: {what}")
-    for name in chosen:
-        if not known[name].is_floating_point():
-            raise MisuseError(f"{name!r} is {known[name].dtype}, not of real floats", name=name)
-    return {name: _wide(known[name].detach()) for name in chosen}
-
-
 class _Jacobian:
     """Derivatives of n examples' outputs, made where they are needed."""
 
@@ -275,12 +254,10 @@ def _function(model: torch.nn.Module, outputs: str | Outputs) -> Callable[[Weigh
     """What is differentiated: outputs as a function of weights and inputs."""
     if isinstance(outputs, str) and outputs not in ("logits", "logprob"):
         raise MisuseError(f"there are no outputs {outputs!r}; use logits, logprob or a function", outputs=outputs)
-    buffers = {name: _wide(b) for name, b in model.named_buffers() if b.is_floating_point()}
-    # Weights that are not differentiated by are widened, too: one matrix product takes one data type only.
-    others = {name: _wide(w.detach()) for name, w in model.named_parameters() if w.is_floating_point()}
+    others = widened(model)
 
     def function(weights: Weights, inputs: Inputs) -> Tensor:
-        stand_in = _StandIn(model, {**buffers, **others, **weights})
+        stand_in = StandIn(model, {**others, **weights})
         if callable(outputs):
             return outputs(stand_in, inputs)
         if outputs == "logprob":
@@ -290,31 +267,6 @@ def _function(model: torch.nn.Module, outputs: str | Outputs) -> Callable[[Weigh
         return _logits(stand_in(inputs) if isinstance(inputs, Tensor) else stand_in(**inputs))
 
     return function
-
-
-class _StandIn:
-    """Called as the model, but with other weights."""
-
-    def __init__(self, model: torch.nn.Module, state: Weights) -> None:
-        self._model, self._state = model, state
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return functional_call(self._model, self._state, args, kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._model, name)
-
-
-@contextmanager
-def _evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """No dropout, and no example that sees another through batch statistics."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def _affordable(weights: Weights, rows: int, memory_max: int) -> Contraction:
@@ -369,7 +321,3 @@ def _rows(inputs: Inputs, first: int, last: int) -> Inputs:
 def _logits(out: Any) -> Tensor:
     found: Tensor = out if isinstance(out, Tensor) else out.logits
     return found
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
