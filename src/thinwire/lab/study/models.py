@@ -20,6 +20,7 @@ from thinwire.errors import MisuseError
 from thinwire.lab.reasoning import ALPHABET, SHORT, ReasoningGym
 from thinwire.lab.recipes import Recipe
 from thinwire.lab.study.matrix import Run, Study
+from thinwire.lab.study.rewards import Rewarded
 from thinwire.lab.tasks import CharTokenizer, SortDigits, Task
 from thinwire.lab.training import warm_start
 
@@ -35,14 +36,13 @@ def is_made_here(size: Mapping[str, Any]) -> bool:
 
 
 def task_of(name: str, settings: Mapping[str, Any], *, short: bool) -> Task:
-    """The task of a study.
+    """The task of a study; right answers are worth 1, all others 0.
 
     Raises:
         MisuseError: there is no such task, or reasoning-gym is not installed.
     """
-    if name == "sort_digits":
-        return SortDigits(**settings)
-    return ReasoningGym(name, short=short, **settings)
+    task = SortDigits(**settings) if name == "sort_digits" else ReasoningGym(name, short=short, **settings)
+    return Rewarded(task, "exact")
 
 
 def recipe_for(study: Study, run: Run, *, lr: float = 0.0) -> Recipe:
