@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -289,6 +290,14 @@ def test_curvlinops_computes_the_same_matrices() -> None:
                 torch.manual_seed(0)
                 traces.append(float(curvlinops.hutchpp_trace(either, num_matvecs=30)))
         assert traces[0] == pytest.approx(traces[1], rel=1e-3)
+
+
+def test_without_curvlinops_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    from thinwire.probe.linear_operators import linear_operator
+
+    monkeypatch.setitem(sys.modules, "curvlinops._torch_base", None)
+    with pytest.raises(MisuseError, match=r"thinwire\[curvature\]"):
+        linear_operator(operator(policy(), batches(1), "hessian"))
 
 
 def test_a_language_models_objective_is_curved_whatever_its_data_type() -> None:
