@@ -16,6 +16,7 @@ from thinwire.lab.grpo import advantages
 from thinwire.lab.sharpness import (
     SMOOTHINGS,
     SharpnessOptions,
+    _Descent,
     effective_number,
     sharpness,
     smooth,
@@ -88,6 +89,8 @@ def test_smoothings_that_there_are_not_are_refused(name: str, level: float) -> N
 def test_options_that_make_no_experiment_are_refused() -> None:
     with pytest.raises(MisuseError, match="nano"):
         sharpness(SharpnessOptions(recipe="giant"))
+    with pytest.raises(MisuseError, match="descent"):
+        sharpness(SharpnessOptions(optimiser="lion"))  # type: ignore[arg-type]
     with pytest.raises(MisuseError, match="step"):
         sharpness(SharpnessOptions(steps=0))
     with pytest.raises(MisuseError, match="plain"):
@@ -134,6 +137,29 @@ def test_rows_hold_what_they_say(rows: list[dict[str, Any]]) -> None:
             assert 0 < row["rank_gradient"] < row["rank_update"] <= 1  # Adam divides by size: noise counts as much
         else:
             assert row["density_total"] == row["density"]
+
+
+def test_descent_moves_by_the_learning_rate_along_the_gradient() -> None:
+    layer = torch.nn.Linear(30, 20).to(torch.bfloat16)
+    layer.bias.requires_grad_(False)
+    optimiser = _Descent(layer, 1e-3)
+    before = next(optimiser.masters()).clone()
+    layer(torch.randn(4, 30, dtype=torch.bfloat16)).square().sum().backward()
+    gradient = layer.weight.grad.float()
+    assert optimiser.step() == pytest.approx(float(gradient.norm()), rel=1e-5)
+    moved = next(optimiser.masters()) - before
+    assert rms(moved) == pytest.approx(1e-3, rel=1e-4)
+    assert float(torch.cosine_similarity(moved.flatten(), gradient.flatten(), dim=0)) == pytest.approx(-1.0, abs=1e-3)
+    assert torch.equal(layer.weight.detach(), next(optimiser.masters()).bfloat16())
+    assert optimiser.step() == 0.0  # no gradient: nothing moves
+    assert torch.equal(layer.weight.detach(), next(optimiser.masters()).bfloat16())
+
+
+def test_descent_runs_where_adam_does() -> None:
+    pytest.importorskip("transformers")
+    options = SharpnessOptions(seeds=(0,), steps=1, measured=(), smoothings=(("none", 0.0),), optimiser="descent")
+    (row,) = sharpness(options)
+    assert 0 < row["density"] < 1
 
 
 def test_a_summary_pairs_runs_of_one_seed() -> None:

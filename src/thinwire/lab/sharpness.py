@@ -17,7 +17,8 @@ directions the gradient and the update lie (effective ranks, averaged over matri
 answers' gradients lie (the advantage-weighted tangent kernel), and which share of the bf16 weights changed.
 
 An Adam step hardly depends on how large a gradient is: at the first step every weight with a gradient moves by the
-learning rate. So compare densities within a step, not with another optimiser's.
+learning rate, whatever the advantages. So the optimiser may be replaced by gradient descent whose every step has the
+root mean square ``lr`` (``descent``), in which large gradients do move further.
 
 Example (seconds; needs the extra ``rl``)::
 
@@ -31,9 +32,9 @@ from __future__ import annotations
 import copy
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -67,13 +68,14 @@ SMOOTHINGS: tuple[tuple[str, float], ...] = (
 
 @dataclass(frozen=True, slots=True)
 class SharpnessOptions:
-    """What to run. ``lr`` None is the recipe's. Ranks and kernels are measured at the steps in ``measured`` (from 1);
-    a kernel is that of at most ``kernel_answers`` answers."""
+    """What to run. ``lr`` None is the recipe's; ``optimiser`` is ``adamw`` or ``descent``. Ranks and kernels are
+    measured at the steps in ``measured`` (from 1); a kernel is that of at most ``kernel_answers`` answers."""
 
     recipe: str = "nano"
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     steps: int = 8
     lr: float | None = 1e-5
+    optimiser: Literal["adamw", "descent"] = "adamw"
     smoothings: tuple[tuple[str, float], ...] = SMOOTHINGS
     rank: Kind = "entropy"
     measured: tuple[int, ...] = (1, 8)
@@ -90,11 +92,13 @@ def sharpness(options: SharpnessOptions | None = None, *, on_row: Callable[[Row]
     the latter's trace in its first eigenvalue).
 
     Raises:
-        MisuseError: unknown recipe, smoothing or level; no step; the warm start fails.
+        MisuseError: unknown recipe, optimiser, smoothing or level; no step; the warm start fails.
     """
     options = options or SharpnessOptions()
     if options.recipe not in RECIPES:
         raise MisuseError(f"there is no recipe {options.recipe!r}; use one of {', '.join(RECIPES)}")
+    if options.optimiser not in ("adamw", "descent"):
+        raise MisuseError(f"there is no optimiser {options.optimiser!r}; use adamw or descent")
     if options.steps < 1:
         raise MisuseError(f"an experiment takes 1 step or more, not {options.steps}", steps=options.steps)
     for name, level in options.smoothings:
@@ -153,7 +157,8 @@ def effective_number(advantage: Tensor) -> float:
 
 
 def _run(recipe: Recipe, model: Any, options: SharpnessOptions, seed: int, smoothing: str, level: float) -> list[Row]:
-    optimiser = MasterAdamW(model, lr=recipe.lr if options.lr is None else options.lr)
+    lr = recipe.lr if options.lr is None else options.lr
+    optimiser = MasterAdamW(model, lr=lr) if options.optimiser == "adamw" else _Descent(model, lr)
     source, sampling = random.Random(f"rollouts {seed}"), torch.Generator().manual_seed(seed)
     noise = torch.Generator().manual_seed(seed)
     names = [name for name, weight in model.named_parameters() if weight.requires_grad]
@@ -180,6 +185,32 @@ def _run(recipe: Recipe, model: Any, options: SharpnessOptions, seed: int, smoot
         row["density"], row["density_total"] = _density(model, before, names), _density(model, first, names)
         rows.append(row)
     return rows
+
+
+class _Descent:
+    """Gradient descent on fp32 masters; every step has the root mean square ``lr`` over all weights."""
+
+    def __init__(self, model: Any, lr: float) -> None:
+        self._weights = [weight for weight in model.parameters() if weight.requires_grad]
+        self._masters = [weight.detach().to(torch.float32, copy=True) for weight in self._weights]
+        self._lr = lr
+
+    def masters(self) -> Iterator[Tensor]:
+        return iter(self._masters)
+
+    @torch.no_grad()
+    def step(self) -> float:
+        gradients = [torch.zeros_like(m) if w.grad is None else w.grad.float() for w, m in self._pairs()]
+        norm = math.sqrt(sum(float(g.double().square().sum()) for g in gradients))
+        scale = self._lr * math.sqrt(sum(m.numel() for m in self._masters)) / norm if norm else 0.0
+        for (weight, master), gradient in zip(self._pairs(), gradients, strict=True):
+            master -= scale * gradient
+            weight.copy_(master)
+            weight.grad = None
+        return norm
+
+    def _pairs(self) -> list[tuple[Tensor, Tensor]]:
+        return list(zip(self._weights, self._masters, strict=True))
 
 
 def _copies(model: Any) -> dict[str, Tensor]:
