@@ -34,6 +34,7 @@ class _Commands(Commands):
         "demo": ("thinwire.lab.demo.command", "main", "Watch an RL run whose weights travel as patches."),
         "merge": ("thinwire.cli.merging", "app", "Merge fine-tunes of one base, sparse as they are."),
         "probe": ("thinwire.cli.probing", "app", "Measure which weights move, and how much of it is rounding."),
+        "study": ("thinwire.cli.studying", "app", "Answer questions about sparsity by experiments."),
         "train": ("thinwire.cli.training", "app", "Train with compressed gradients, on one process or many."),
     }
 
