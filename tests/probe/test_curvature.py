@@ -324,6 +324,13 @@ def test_a_language_models_objective_is_curved_whatever_its_data_type() -> None:
     assert all(torch.equal(w, b) and w.grad is None for w, b in zip(model.parameters(), weights, strict=True))
 
 
+def test_curvature_is_to_be_had_without_gradients_around() -> None:
+    model, data = policy(), batches(1)
+    expected = curvature(model, policy_loss, data, probes=51, steps=10)
+    with torch.no_grad():
+        assert curvature(model, policy_loss, data, probes=51, steps=10) == expected
+
+
 def test_frozen_weights_are_left_out_and_a_flat_objective_has_no_curvature() -> None:
     model, data = policy(), batches(1)
     model[0].requires_grad_(False)

@@ -194,6 +194,16 @@ def test_modes_and_random_state_are_left_as_they_were() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.parametrize("contraction", WAYS)
+def test_kernels_are_to_be_had_without_gradients_around(contraction: Contraction) -> None:
+    model, inputs = network(), examples(3)
+    expected = tangent_kernel(model, inputs, contraction=contraction)
+    with torch.no_grad():
+        found = tangent_kernel(model, inputs, contraction=contraction)
+    torch.testing.assert_close(found, expected)
+    assert not found.requires_grad
+
+
 def test_no_examples_have_an_empty_kernel() -> None:
     assert tangent_kernel(network(), examples(0)).shape == (0, 0)
     assert tangent_kernel(network(), examples(0), full=True).shape == (0, 0, 0, 0)

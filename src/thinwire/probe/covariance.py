@@ -13,6 +13,7 @@ block never share a bucket. Dot products of sketches are unbiased, and as two we
 so that by Chebyshev's inequality ``|<Sx, Sy> - <x, y>| <= |x| |y| sqrt(2 / (s delta))`` with probability 1 - delta.
 The squared norms on the diagonal are exact.
 
+>>> from thinwire.probe.rank import rank_of
 >>> covariance = GradientCovariance(sketch=None)  # three multiples of one gradient
 >>> for sign in (1.0, -1.0, 2.0):
 ...     covariance.update({"weight": sign * torch.arange(100.0)})
@@ -29,10 +30,9 @@ import torch
 from torch import Tensor
 
 from thinwire.errors import MisuseError
-from thinwire.probe.rank import rank_of
 from thinwire.probe.spectrum import Spectrum, spectrum_of_gram
 
-__all__ = ["GradientCovariance", "gradients_of", "rank_of"]
+__all__ = ["GradientCovariance", "gradients_of"]
 
 
 def gradients_of(model: torch.nn.Module) -> dict[str, Tensor]:

@@ -39,11 +39,14 @@ class StandIn:
 
 @contextmanager
 def differentiable(model: torch.nn.Module) -> Iterator[None]:
-    """No dropout, no example that sees another through batch statistics, and attention with second derivatives."""
+    """No dropout, no example that sees another through batch statistics, and attention with second derivatives.
+
+    Also inside ``torch.no_grad``.
+    """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        with sdpa_kernel(SDPBackend.MATH):  # the other kernels have first derivatives only
+        with sdpa_kernel(SDPBackend.MATH), torch.enable_grad():  # the other kernels have first derivatives only
             yield
     finally:
         for module, mode in modes:
