@@ -79,6 +79,6 @@ class ReasoningGym:
         if not isinstance(problem, GymProblem):
             raise MisuseError("this is not a problem of reasoning-gym")
         try:
-            return float(self._entries.score_answer(completion, problem.entry))
+            return min(1.0, max(0.0, float(self._entries.score_answer(completion, problem.entry))))
         except (ValueError, TypeError, ArithmeticError, LookupError):
             return 0.0

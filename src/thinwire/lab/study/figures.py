@@ -43,8 +43,9 @@ def _tidy(axes: Axes, x: str, y: str) -> None:
 
 def _over_lr(figure: Any, summaries: Sequence[Summary], centre: Mapping[str, Any]) -> None:
     """Density against the learning rate, by optimiser and objective."""
-    panels = figure.subplots(1, len(_OPTIMISERS), sharey=True)
-    for axes, optimiser in zip(panels, _OPTIMISERS, strict=True):
+    drawn = [name for name in _OPTIMISERS if any(s["optimiser"] == name for s in summaries)]
+    panels = figure.subplots(1, len(drawn), sharey=True, squeeze=False)[0]
+    for axes, optimiser in zip(panels, drawn, strict=True):
         for objective, color in _COLORS.items():
             levels = [select(summaries, centre, objective=objective, optimiser=optimiser, lr=lr) for lr in LEVELS]
             levels = [runs for runs in levels if runs]

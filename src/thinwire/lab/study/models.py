@@ -42,7 +42,7 @@ def task_of(name: str, settings: Mapping[str, Any], *, short: bool) -> Task:
         MisuseError: there is no such task, or reasoning-gym is not installed.
     """
     task = SortDigits(**settings) if name == "sort_digits" else ReasoningGym(name, short=short, **settings)
-    return Rewarded(task, "exact")
+    return Rewarded(task, "exact", unique=short or name == "sort_digits")
 
 
 def recipe_for(study: Study, run: Run, *, lr: float = 0.0) -> Recipe:

@@ -16,10 +16,14 @@ NOISE = 0.2
 @dataclass(frozen=True, slots=True)
 class Rewarded:
     """A task with another reward: ``exact`` (1 or 0), ``partial`` (the share of characters that are right where they
-    are), or ``noisy`` (exact, but wrong one time in five)."""
+    are), or ``noisy`` (exact, but wrong one time in five).
+
+    With ``unique`` answers, exact is the answer itself, to the letter: some scorers forgive what stands after it.
+    """
 
     task: Task
     kind: str
+    unique: bool = True
     source: random.Random = field(default_factory=lambda: random.Random(0))
 
     def problem(self, source: random.Random) -> Problem:
@@ -28,7 +32,7 @@ class Rewarded:
 
     def reward(self, problem: Problem, completion: str) -> float:
         """The changed reward, 0.0 to 1.0."""
-        right = float(self.task.reward(problem, completion) >= 1)
+        right = float(completion == problem.answer if self.unique else self.task.reward(problem, completion) >= 1)
         if self.kind == "exact":
             return right
         if self.kind == "noisy":

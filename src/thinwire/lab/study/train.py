@@ -17,6 +17,7 @@ from thinwire.lab.study.matrix import Run, Study
 from thinwire.lab.study.models import is_made_here, recipe_for, start_of
 from thinwire.lab.study.rewards import Rewarded
 from thinwire.lab.study.stepping import Stepper, optimiser_of
+from thinwire.lab.tasks import Task
 from thinwire.lab.training import evaluate, learn_from_answers, rollouts_for
 from thinwire.probe.changes import Changes, compare
 from thinwire.probe.kinds import place_of
@@ -108,7 +109,7 @@ def train(study: Study, run: Run, starts: Path) -> dict[str, Any]:
     began = time.perf_counter()
     torch.manual_seed(run.seed)
     recipe = recipe_for(study, run)
-    trained = replace(recipe, task=Rewarded(recipe.task, run.reward, random.Random(f"noise {run.seed}")))
+    trained = replace(recipe, task=_rewarded(recipe.task, run))
     model = start_of(study, run, starts)
     make = optimiser_of(run.optimiser, study.lr(run))
     stepper = Stepper(
@@ -140,6 +141,12 @@ def train(study: Study, run: Run, starts: Path) -> dict[str, Any]:
         "losses": losses, "rewards": rewards, "norms": norms, "rows": watch.rows,
         "ranks": _ranks(first, stepper.owned), "seconds": time.perf_counter() - began,
     }  # fmt: skip
+
+
+def _rewarded(task: Task, run: Run) -> Task:
+    if not isinstance(task, Rewarded):
+        raise TypeError("recipe_for makes rewarded tasks")
+    return replace(task, kind=run.reward, source=random.Random(f"noise {run.seed}"))
 
 
 def _ranks(first: dict[str, torch.Tensor], last: dict[str, torch.Tensor]) -> dict[str, list[float]]:
