@@ -4,11 +4,10 @@ After one step, Adam's update is ``lr`` times the sign of the gradient, whatever
 than ``eps``); after many steps of independent gradients it is ``lr`` times a number of standard deviation
 ``sqrt((1 - beta1) / (1 + beta1))``. Such facts know nothing of what is learnt. A :class:`Law` is a sample of them.
 
-The arithmetic is that of torch.optim's loops (what ``foreach`` does on the CPU rounds beta2, too): moments and denominators are rounded to the
-parameter's data type, and so is SGD's learning rate (on the CPU);
-the final multiply-add is done in float32 and rounded once. ``fused`` ones keep float32
-throughout.
-On bf16 parameters the rounding spreads Adam's first update over about 1 % to either side of ``lr``.
+The arithmetic is that of torch.optim's loops on the CPU (``foreach`` there rounds beta2, too): moments and denominators
+are rounded to the parameter's data type, and so is SGD's learning rate; the final multiply-add is done in float32 and
+rounded once. ``fused`` ones keep float32 throughout. On bf16 parameters, Adam's first update is spread over about 1 %
+to either side of ``lr``.
 
 Sources: Adam (arXiv:1412.6980), AdamW (arXiv:1711.05101), Adafactor (arXiv:1804.04235, as torch does it).
 

@@ -77,7 +77,7 @@ class Shadow:
         make: the optimiser, from parameter groups ``{"params": [...]}``, one a tensor in order, with further entries
             as in ``options``.
         options: a group's further entries by name of the tensor.
-        view: the data type as which the tensors are seen; None: as they are.
+        view: the data type as which the tensors are seen, for all or by name; otherwise as they are.
         masters_of: ``tensors`` are views of float32 masters that are not known: update such masters, see their views.
         lags: numbers of steps after which the sample is compared with what it was.
         rms: root mean square of a tensor's gradients, by name; 1 where it is not given.
@@ -90,7 +90,7 @@ class Shadow:
         make: Factory,
         *,
         options: Mapping[str, Mapping[str, Any]] | None = None,
-        view: torch.dtype | None = None,
+        view: torch.dtype | Mapping[str, torch.dtype] | None = None,
         masters_of: bool = False,
         lags: Sequence[int] = (1,),
         gradients: Gradients = Gradients(),  # noqa: B008
@@ -102,7 +102,8 @@ class Shadow:
             raise MisuseError("a null needs tensors, lags of at least 1 step, and a sample of at least 1 element")
         self._generator = torch.Generator().manual_seed(seed)
         self._elements = {name: plain_tensor(tensor).numel() for name, tensor in tensors.items()}
-        self.view, self._masters_of = view, masters_of
+        self._view = dict(view) if isinstance(view, Mapping) else dict.fromkeys(tensors, view)
+        self._masters_of = masters_of
         share = sample / max(1, sum(self._elements.values()))
         self._params = {name: self._part(name, tensor, share) for name, tensor in tensors.items()}
         sizes = [p.numel() for p in self._params.values()]
@@ -111,7 +112,7 @@ class Shadow:
         self._rms = dict(rms or {})
         groups = [{"params": [p], **dict((options or {}).get(name, {}))} for name, p in self._params.items()]
         self.optimizer = make(groups)
-        self._step = 0
+        self._step = self._drawn = 0
         self._lags = {lag: self._seen() for lag in lags}
 
     def _part(self, name: str, tensor: Tensor, share: float) -> nn.Parameter:
@@ -125,14 +126,14 @@ class Shadow:
             flat = flat[chosen.to(flat.device)]
         part = flat.detach().to("cpu", copy=True)
         if self._masters_of:
-            self.view = self.view or part.dtype
+            self._view[name] = self._view.get(name) or part.dtype
             part = _masters_within(part, self._generator)
         return nn.Parameter(part.view(shape))
 
     def _seen(self) -> Tensor:
         """The sample as it is seen, as bits."""
-        parts = [p.detach().reshape(-1) for p in self._params.values()]
-        seen = [part if self.view is None else part.to(self.view) for part in parts]
+        parts = ((p.detach().reshape(-1), self._view.get(name)) for name, p in self._params.items())
+        seen = [part if view is None else part.to(view) for part, view in parts]
         if any(part.dtype == torch.float64 for part in seen):
             return torch.cat([part.double() for part in seen]).view(torch.int64)
         return torch.cat([part.float() for part in seen]).view(torch.int32)
@@ -151,6 +152,7 @@ class Shadow:
 
     def _move(self) -> None:
         drawn = next(self._source)
+        self._drawn += 1
         for k, (name, p) in enumerate(self._params.items()):
             gradient = drawn[self._ends[k] : self._ends[k + 1]].view(p.shape) * self._rms.get(name, 1.0)
             p.grad = gradient.to(p.dtype)
@@ -191,9 +193,10 @@ class Shadow:
         return {
             "params": {name: p.detach().clone() for name, p in self._params.items()},
             "optimizer": self.optimizer.state_dict(), "lags": dict(self._lags), "step": self._step,
+            "drawn": self._drawn, "rms": dict(self._rms),
         }  # fmt: skip
 
-    def load_state_dict(self, state: Mapping[str, Any], *, skip: int | None = None) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where a shadow of equal tensors and options was. Gradients drawn so far are drawn again and dropped."""
         shapes = {name: tuple(p.shape) for name, p in state["params"].items()}
         if shapes != {name: tuple(p.shape) for name, p in self._params.items()} or set(state["lags"]) != set(
@@ -204,8 +207,10 @@ class Shadow:
             p.data.copy_(state["params"][name])
         self.optimizer.load_state_dict(state["optimizer"])
         self._lags, self._step = dict(state["lags"]), int(state["step"])
-        for _ in range(self._step if skip is None else skip):
+        self._rms = dict(state["rms"])
+        for _ in range(self._drawn, int(state["drawn"])):
             next(self._source)
+        self._drawn = int(state["drawn"])
 
 
 def simulate_null(
