@@ -47,8 +47,8 @@ _STEPS_FIRST = 6
 _SETTLED = {"threshold": 0.005, "entropy": 0.005, "participation": 0.01, "stable": 0.01}
 """The estimate is taken when the last two blocks moved it by less than this share of it."""
 
-_NOISE = 0.01
-"""Most standard error, as a share, of a count that random vectors estimate."""
+_DOUBT = 0.008
+"""Most standard error, as a share of the rank, of what random vectors estimate."""
 
 _WIDTH = 16
 
@@ -110,8 +110,8 @@ def effective_rank(
     """The effective rank of ``matrix`` [m, n], or [m, ...] flattened to it; 0 if it is all zeros, or empty.
 
     ``auto`` is within 2 % of the full SVD's for spectra that gradients have, and the cheapest that is: a Krylov space
-    where the last two of its blocks agree about the answer within 1 %. Elsewhere (the entropy of a tail of many orders
-    of magnitude; ``numerical``, which counts the smallest of all) it is a Gram matrix, or the full SVD where that costs
+    where the last two of its blocks agree about the answer within 1 %, and what random vectors leave uncertain of it is
+    less than that. Elsewhere (the entropy of a long and low tail; a ``threshold`` amid many like values; ``numerical``, which counts the smallest of all) it is a Gram matrix, or the full SVD where that costs
     less. ``tolerance`` is the numerical rank's, as a share of the largest singular value; if None, the larger side
     times the precision of the data type, and 1e-7 at least. ``seed`` draws the Krylov space; equal seeds give equal
     ranks.
@@ -148,11 +148,42 @@ def _settled(flat: Tensor, energy: float, kind: Kind, delta: float, seed: int) -
         found = space.grow(steps).spectrum()
         now = rank_of(found, kind, delta=delta)
         before = rank_of(space.spectrum(steps - 2), kind, delta=delta)
-        guessed = max(now - found.known, 0.0)  # of a threshold's directions, those that were counted by random vectors
-        quiet = kind != "threshold" or guessed == 0 or math.sqrt(2 * guessed / _WIDTH) <= _NOISE * now
+        quiet = _doubt(found, kind, now, torch.finfo(flat.dtype).eps) <= _DOUBT
         if space.complete or (quiet and abs(now - before) <= _SETTLED[kind] * now):
             return now
     return None
+
+
+def _doubt(found: Spectrum, kind: Kind, rank: float, precision: float) -> float:
+    """The rank's standard error as a share of it.
+
+    The count of a node is a mean over random vectors of squared normal numbers, with variance 2 counts / vectors; what
+    that does to the rank follows from its derivatives by counts and by the scale of the nodes, both of which are set
+    so that number and energy are right. The nodes' energy is what rounding has left of a difference, which matters to
+    the entropy where the tail is long and low.
+    """
+    counts, values = found.counts[found.known :], found.values[found.known :]
+    if kind == "stable" or not len(counts):
+        return 0.0
+    if kind == "threshold":
+        return math.sqrt(2 * max(rank - found.known, 0.0) / _WIDTH) / rank
+    squares = values.square()
+    if kind == "participation":
+        slopes = squares.square() / (found.counts * found.values.pow(4)).sum()
+        scale = 4 * float((counts * slopes).sum())
+    else:
+        part = (values / (found.counts * found.values).sum()).clamp(min=1e-300)
+        slopes = part * (1 - part.log() - math.log(rank))
+        scale = float((counts * (slopes - part)).sum())
+    number, energy = float(counts.sum()), float((counts * squares).sum())
+    if energy <= 0:
+        return 0.0
+    by_number = slopes - (counts * slopes).sum() / number
+    effect = by_number - scale / 2 * (squares / energy - 1 / number)
+    rounded = min(1.0, 8 * precision * found.energy / energy) if kind == "entropy" else 0.0
+    return math.sqrt(2 / _WIDTH * float((counts * effect.square()).sum())) + rounded * float(
+        (counts * slopes.abs()).sum()
+    )
 
 
 def layer_ranks(
