@@ -111,10 +111,10 @@ def effective_rank(
 
     ``auto`` is within 2 % of the full SVD's for spectra that gradients have, and the cheapest that is: a Krylov space
     where the last two of its blocks agree about the answer within 1 %, and what random vectors leave uncertain of it is
-    less than that. Elsewhere (the entropy of a long and low tail; a ``threshold`` amid many like values; ``numerical``, which counts the smallest of all) it is a Gram matrix, or the full SVD where that costs
-    less. ``tolerance`` is the numerical rank's, as a share of the largest singular value; if None, the larger side
-    times the precision of the data type, and 1e-7 at least. ``seed`` draws the Krylov space; equal seeds give equal
-    ranks.
+    less than that. Elsewhere (the entropy of a long and low tail; a ``threshold`` amid many like values; ``numerical``,
+    which counts the smallest of all) it is a Gram matrix, or the full SVD where that costs less. ``tolerance`` is the
+    numerical rank's, as a share of the largest singular value; if None, the larger side times the precision of the
+    data type, and 1e-7 at least. ``seed`` draws the Krylov space; equal seeds give equal ranks.
 
     Raises:
         MisuseError: fewer than two dimensions, no real floats, NaN or infinity; unknown kind or method; ``delta`` or
