@@ -191,6 +191,29 @@ def test_odd_weights_and_misuse() -> None:
             Gradients(**wrong)  # type: ignore[arg-type]
 
 
+def test_gradients_of_zero_are_known_by_their_sizes() -> None:
+    weights = torch.nn.Parameter((torch.randn(100, 30, generator=torch.Generator().manual_seed(0)) * 0.02).to(BF16))
+    model = torch.nn.ParameterList([weights])
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
+    weights.grad = torch.randn(100, 30, generator=torch.Generator().manual_seed(1)).to(BF16)
+    weights.grad[25:] = 0  # rows of rare tokens
+    blind = predict_null(model, optimizer=optimizer).fraction
+    knowing = predict_null(model, optimizer=optimizer, gradient_rms=gradient_sizes(model)).fraction
+    real = observed(model, optimizer.step)
+    assert abs(knowing - real) < 0.03  # of a sample of the rows
+    assert blind > 3 * real
+
+
+def test_known_masters_are_found_in_the_optimiser() -> None:
+    masters = {"w": torch.nn.Parameter(torch.randn(100, 30, generator=torch.Generator().manual_seed(0)) * 0.02)}
+    views = {"w": masters["w"].detach().to(BF16)}
+    other = torch.nn.Parameter(torch.zeros(1))
+    groups = [{"params": [other], "lr": 0.0}, {"params": [masters["w"]], "lr": 1e-4}]
+    optimizer = torch.optim.Adam(groups)
+    found = predict_null(views, optimizer=optimizer, masters=masters).fraction
+    assert found == predict_null(masters, optimizer=optimizer, view=BF16).fraction > 0.5
+
+
 @pytest.mark.parametrize("view", [None, BF16])
 def test_a_simulation_starts_with_the_prediction(view: torch.dtype | None) -> None:
     model = TinyLM() if view else TinyLM().to(BF16)

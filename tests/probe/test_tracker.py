@@ -17,6 +17,8 @@ import torch.multiprocessing as mp
 
 from tests.probe.models import TinyLM, backward
 from thinwire.errors import MisuseError
+from thinwire.probe import changes as changes_module
+from thinwire.probe import snapshots as snapshots_module
 from thinwire.probe.changes import Changes, compare
 from thinwire.probe.null import predict_null
 from thinwire.probe.statistics import LagStats
@@ -160,6 +162,43 @@ def test_snapshots_follow_a_tensor_to_another_device() -> None:
     assert tracker.step().changed == 0
     named["w"][2] = 5
     assert tracker.step().changed == 1
+
+
+@pytest.mark.parametrize("mode", ["exact", "fast"])
+def test_the_way_of_devices_gives_the_same_answers(monkeypatch: pytest.MonkeyPatch, mode: Any) -> None:
+    named = weights() | {"wide": torch.randn(300, generator=torch.Generator().manual_seed(3))}
+    found = []
+    for device in (False, True):
+        state = copy.deepcopy(named)
+        with monkeypatch.context() as patched:
+            if device:  # as if the tensors were not on the host
+                patched.setattr(changes_module, "is_host_view", lambda tensor: False)
+                patched.setattr(snapshots_module, "is_host_view", lambda tensor: False)
+            tracker = SparsityTracker(state, mode=mode, lags=(1,), spatial=True)
+            viewed = SparsityTracker(state, mode=mode, lags=(1,), view=BF16)
+            for step in range(4):
+                moved(state, step)
+                total, other = tracker.step().shortest.total, viewed.step().shortest.total
+                found.append((total.elements, total.changed, total.ulps, other.changed, other.ulps))
+    assert found[:4] == found[4:]
+
+
+def test_tensors_that_come_later_have_no_null() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(30, 30, bias=False))
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    tracker = SparsityTracker(model, optimizer=optimizer, null=True, view=BF16, lags=(1,))
+    before = tracker.step().null
+    model.append(torch.nn.Linear(30, 300))
+    tracker.step()
+    with torch.no_grad():
+        model[1].weight.add_(1.0)
+    stats = tracker.step()
+    assert stats.changed == 9000
+    assert before is not None
+    assert stats.null is not None
+    assert stats.excess is not None
+    assert stats.null > 0.2 * before > 0  # of the first tensor alone
+    assert stats.excess.observed == 0
 
 
 def test_what_cannot_be_measured_is_refused() -> None:

@@ -130,11 +130,22 @@ class Changes:
     ulps: tuple[int, ...] = ()
 
     def __add__(self, other: Changes) -> Changes:
-        found: dict[str, Any] = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)[:-1]}
-        largest = (self.max_abs, other.max_abs)
-        found["max_abs"] = nan if any(map(isnan, largest)) else max(largest)
-        found["ulps"] = tuple(a + b for a, b in zip_longest(self.ulps, other.ulps, fillvalue=0))
-        return Changes(**found)
+        a, b = self.max_abs, other.max_abs
+        return Changes(
+            self.elements + other.elements,
+            self.changed + other.changed,
+            self.above + other.above,
+            self.missed + other.missed,
+            self.odd + other.odd,
+            self.new_nan + other.new_nan,
+            self.new_inf + other.new_inf,
+            self.total + other.total,
+            self.total_abs + other.total_abs,
+            self.squares + other.squares,
+            nan if isnan(a) or isnan(b) else max(a, b),
+            self.weight_squares + other.weight_squares,
+            tuple(x + y for x, y in zip_longest(self.ulps, other.ulps, fillvalue=0)),
+        )
 
     @property
     def density(self) -> float:

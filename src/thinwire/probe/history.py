@@ -44,11 +44,13 @@ the null and what is beyond it (shares of elements, empty where not measured), t
 took. ``scope`` is ``tensor``, ``kind`` or ``all``."""
 
 _LINE_BYTES_MAX = 1 << 28
+_NOTHING: Row = dict.fromkeys(COLUMNS)
+_SUMS = tuple(f.name for f in fields(Changes))
 
 
 def _row(stats: LagStats, step: int, scope: str, name: str, changes: Changes, null: float | None) -> Row:
     row: Row = {"step": step, "lag": stats.lag, "scope": scope, "name": name, "kind": "", "layer": ""}
-    row |= {f.name: getattr(changes, f.name) for f in fields(Changes)}
+    row |= {total: getattr(changes, total) for total in _SUMS}
     row |= {derived: getattr(changes, derived) for derived in _DERIVED}
     row["ulps"] = list(changes.ulps)
     row["null"] = null
@@ -63,7 +65,7 @@ def rows_of(stats: StepStats) -> list[Row]:
         row = _row(lag, stats.step, "all", "", lag.total, lag.null)
         excess = lag.excess
         if excess is not None:
-            row |= {"excess_low": excess.low, "excess_high": excess.high}
+            row |= {"excess": excess.value, "excess_low": excess.low, "excess_high": excess.high}
         rows.append(row | {"seconds": stats.seconds})
         for kind, changes in lag.kinds.items():
             names = [name for name in lag.tensors if lag.places[name].kind == kind]
@@ -146,7 +148,7 @@ class History:
     def append(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Add the rows of a step; they are with the operating system when this returns."""
         if self.log is None:
-            self._rows += [{column: {"step": step, **row}.get(column) for column in COLUMNS} for row in rows]
+            self._rows += [{**_NOTHING, **row, "step": step} for row in rows]
             return
         with self.log.open("ab") as file:
             file.write(_line(step, rows))

@@ -247,7 +247,7 @@ def predict_null(
             gradients to be independent (but for ``gradients.correlation``) and the weights to be those given.
         gradient_rms: root mean square of the gradients, for all or by name: a number, or the magnitudes of real ones
             (:func:`gradient_sizes`), of which only signs and places are then random. SGD needs it; to Adafactor it
-            matters where that clips: a little, and in bf16.
+            matters where that clips: a little, and in bf16; to Adam where gradients are 0, as of rare tokens.
         gradients: their distribution.
         sample: the most elements looked at one by one in a tensor; weights of 16 bits are counted instead, all of them.
 
@@ -259,7 +259,8 @@ def predict_null(
     elements: dict[str, int] = {}
     variance = 0.0
     for name, tensor in _named(weights).items():
-        rule, done = _rule_for(tensor, optimizer, hyper)
+        master = masters.get(name) if isinstance(masters, Mapping) else None
+        rule, done = _rule_for(tensor if master is None else master, optimizer, hyper)
         plain = plain_tensor(tensor)
         if plain.dtype not in _FLOATS:
             raise MisuseError(f"{name or 'it'} is {plain.dtype}; the null is for bf16, fp16, fp32 and fp64 weights")

@@ -43,7 +43,7 @@ def _changed(axis: Any, rows: Sequence[Row], lag: int) -> None:
         low, high = ([n + sign * 100 * h for n, h in zip(null, half, strict=True)] for sign in (-1, 1))
         at = [row["step"] for row in known]
         axis.plot(at, null, color=_NULL, linewidth=1.4, linestyle="--", label="random gradients (null)")
-        axis.fill_between(at, low, high, color=_NULL, alpha=0.25, linewidth=0, label="95 % of the null's sample")
+        axis.fill_between(at, low, high, color=_NULL, alpha=0.25, linewidth=0, label="its 95 % interval")
     axis.set(title=f"Changed in {lag} step{'s' * (lag > 1)}", xlabel="step", ylabel="% of weights")
     axis.set_ylim(bottom=0)
     axis.legend(frameon=False, fontsize=8)
@@ -117,4 +117,6 @@ def history_figure(rows: Sequence[Row], path: str | os.PathLike[str], *, lag: in
     for axis in (changed, excess, by_kind, sizes):
         axis.spines[["top", "right"]].set_visible(False)
         axis.title.set_fontsize(10)
+        if axis is not sizes:
+            axis.xaxis.get_major_locator().set_params(integer=True)
     figure.savefig(Path(path), dpi=160)

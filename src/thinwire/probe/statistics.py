@@ -78,15 +78,22 @@ class LagStats:
 
     @property
     def null(self) -> float | None:
-        """The share of all elements that random gradients would have changed."""
-        return None if self.null_step is None else self.null_step.fraction
+        """The share of all elements that random gradients would have changed; of those that were there from the start,
+        where tensors were added since."""
+        return self.null_of([name for name in self.tensors if name in self._with_null])
 
     @property
     def excess(self) -> Excess | None:
-        """What was observed beyond the null, of all elements."""
-        return (
-            None if self.null_step is None else excess_of(self.density, self.null_step.fraction, self.null_step.error)
-        )
+        """What was observed beyond the null, of the elements that have one."""
+        null = self.null
+        if self.null_step is None or null is None:
+            return None
+        observed = _sum([changes for name, changes in self.tensors.items() if name in self._with_null])
+        return excess_of(observed.density, null, self.null_step.error)
+
+    @property
+    def _with_null(self) -> dict[str, float]:
+        return {} if self.null_step is None else self.null_step.tensors
 
     def null_of(self, names: list[str]) -> float | None:
         """The null of some tensors together."""

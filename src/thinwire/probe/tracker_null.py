@@ -84,7 +84,10 @@ class TrackerNull:
             group.update(_options(self._groups[name]))
         found = self._shadow.step()
         share = sum(self._total[name] for name in self._updated) / max(1, sum(self._total.values()))
-        return {k: NullStep(null.fraction * share, null.error * share, null.tensors) for k, null in found.items()}
+        still = dict.fromkeys(self._total, 0.0)  # what the optimiser does not update does not change
+        return {
+            lag: NullStep(n.fraction * share, n.error * share, still | n.tensors) for lag, n in found.items()
+        }  # fmt: skip
 
     def _measure_gradients(self) -> bool:
         rms = dict(self._given)
