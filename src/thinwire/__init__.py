@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from thinwire import merge
     from thinwire.errors import ThinwireError
     from thinwire.integrations.router import SparseTaskRouter
+    from thinwire.probe.tracker import SparsityTracker
     from thinwire.stores import open_store
     from thinwire.sync.consumer import ApplyResult, Consumer, Version
     from thinwire.sync.publisher import Publisher, PublishReport
@@ -27,6 +28,7 @@ __all__ = [
     "PublishReport",
     "Publisher",
     "SparseTaskRouter",
+    "SparsityTracker",
     "ThinwireError",
     "Version",
     "__version__",
@@ -40,6 +42,7 @@ _HOMES = {
     "PublishReport": "thinwire.sync.publisher",
     "Publisher": "thinwire.sync.publisher",
     "SparseTaskRouter": "thinwire.integrations.router",
+    "SparsityTracker": "thinwire.probe.tracker",
     "ThinwireError": "thinwire.errors",
     "Version": "thinwire.sync.consumer",
     "open_store": "thinwire.stores",

@@ -95,6 +95,64 @@ def test_null_is_what_a_step_of_adam_changes(tmp_path: Path) -> None:
     assert "gradient_rms" in thinwire(*words[:-1], "sgd", code=2).err
 
 
+def test_spatial_tells_rows_from_anywhere(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    old = {f"layers.0.self_attn.{role}_proj.weight": torch.randn(32, 64) * 0.02 for role in "qv"}
+    new = {name: tensor.clone() for name, tensor in old.items()}
+    rows, anywhere = sorted(old)
+    new[rows][3:5] += 1.0
+    new[anywhere][torch.rand(32, 64) < 0.05] += 1.0
+    save_file(old, tmp_path / "a.safetensors")
+    save_file(new, tmp_path / "b.safetensors")
+    words = ["probe", "spatial", tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
+    first, second = thinwire(*words, "--heads", "4", "--json").json["tensors"]
+    assert first["tensor"] == rows
+    assert first["rows"]["p"] <= 0.01
+    assert first["rows"]["dispersion"] > 10
+    assert second["rows"]["p"] > 0.01
+    assert first["heads"]["p"] < 0.1
+    shown = thinwire(*words, "--figure", tmp_path / "s.png").out
+    assert "columns p" in shown
+    assert (tmp_path / "s.png").read_bytes()[1:4] == b"PNG"
+    assert "no matrix" in thinwire("probe", "spatial", words[2], words[2]).out
+
+
+def test_ntk_is_the_product_of_gradients(tmp_path: Path) -> None:
+    pytest.importorskip("transformers", reason="Transformers is not installed")
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    from thinwire.lab.models import tiny_llama
+
+    raw = Tokenizer(models.WordLevel({word: i for i, word in enumerate(["?", "a", "b", "c"])}, unk_token="?"))
+    raw.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="?")
+    for name, seed in (("one", 0), ("two", 1)):
+        model = tiny_llama(4, hidden=64, layers=1, dtype=torch.float32, seed=seed)
+        model.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    (tmp_path / "texts.tsv").write_text("a b\tc\nb\ta c\n\nc a b\n")
+    words = ["probe", "ntk", tmp_path / "one", "--texts", tmp_path / "texts.tsv"]
+    found = thinwire(*words, "--against", tmp_path / "two", "--figure", tmp_path / "k.png", "--json").json
+    gradients = []
+    model = tiny_llama(4, hidden=64, layers=1, dtype=torch.float32, seed=0)
+    for tokens, first in (([1, 2, 3], 2), ([2, 1, 3], 1), ([0, 3, 1, 2], 1)):
+        model.zero_grad()
+        scores = model(input_ids=torch.tensor([tokens])).logits[0, :-1].log_softmax(-1)
+        scores[torch.arange(len(tokens) - 1), tokens[1:]][first - 1 :].sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    kernel = torch.stack(gradients) @ torch.stack(gradients).T
+    one = found["models"][str(tmp_path / "one")]
+    assert one["trace"] == pytest.approx(float(kernel.trace()), rel=1e-4)
+    assert one["eigenvalues"] == pytest.approx(torch.linalg.eigvalsh(kernel).flip(0).tolist(), rel=1e-3)
+    assert 0 < found["drift"] < 1
+    assert (tmp_path / "k.png").read_bytes()[1:4] == b"PNG"
+    (tmp_path / "texts.tsv").write_text("\n")
+    assert "0 texts" in thinwire(*words, code=2).err
+    (tmp_path / "texts.tsv").write_text("a b")
+    assert "config.json" in thinwire("probe", "ntk", tmp_path, "--texts", tmp_path / "texts.tsv", code=2).err
+
+
 def test_checkpoints_of_other_models_are_refused(tmp_path: Path) -> None:
     for name in ("a", "b"):
         save_file({name: torch.ones(2)}, tmp_path / f"{name}.safetensors")

@@ -248,3 +248,135 @@ def _by_kind(
             if seen:
                 found[kind] |= {"observed": changed / size, "excess": (changed - expected) / size}
     return found
+
+
+@app.command(epilog=examples(
+    "thinwire probe spatial ./base ./tuned",
+    "thinwire probe spatial ./base ./tuned --heads 16 --figure where.png",
+))  # fmt: skip
+def spatial(
+    ctx: typer.Context,
+    old: Old,
+    new: New,
+    heads: Annotated[int | None, typer.Option(min=1, help="Heads that rows of q, k and v projections make.")] = None,
+    permutations: Annotated[int, typer.Option(min=19, help="Random draws to compare with.")] = 199,
+    dtype: View = None,
+    figure: Figure = None,
+    as_json: Json = False,
+) -> None:
+    """Test whether changes lie in rows, columns or heads of their matrices, or anywhere.
+
+    The dispersion is the variance of the counts over that of random places: 1 if they are random, more if they prefer
+    some rows. Random are places among elements of the same exponent, since small weights change more often whatever is
+    learnt. p is by permutation.
+    """
+    output = Output(ctx, as_json=as_json)
+    from thinwire.integrations.probing import pairs_of
+    from thinwire.probe.kinds import place_of
+    from thinwire.probe.spatial import mask_words, structure_of
+
+    view = _view(dtype)
+    rows: list[dict[str, Any]] = []
+    masks: dict[str, torch.Tensor] = {}
+    with output.bars() as bars:
+        matrices = [(n, a, b) for n, a, b in pairs_of(old, new) if b.dim() == 2 and b.is_floating_point()]
+        done, whole = 0, sum(b.nbytes for _, _, b in matrices)
+        for name, a, b in matrices:
+            before, after = (t.to(view) if view is not None else t for t in (a, b))
+            changed = _bits(before) != _bits(after)
+            done += b.nbytes
+            bars("look", done, whole)
+            if not changed.any():
+                continue
+            split = heads if heads is not None and place_of(name).role in ("q", "k", "v") else None
+            split = split if split is not None and b.shape[0] % split == 0 else None
+            found = structure_of(mask_words(changed), before, heads=split, permutations=permutations)
+            axes = {"rows": found.rows, "columns": found.columns} | ({"heads": found.heads} if found.heads else {})
+            rows.append({"tensor": name, "shape": list(b.shape), "changed": found.changed / found.elements} | {
+                axis: {"dispersion": one.within_exponent.dispersion, "p": one.within_exponent.p_value,
+                       "dispersion_uniform": one.uniform.dispersion, "p_uniform": one.uniform.p_value}
+                for axis, one in axes.items()
+            })  # fmt: skip
+            masks[name] = changed
+    if figure is not None:
+        from thinwire.probe.figures import spatial_figure
+
+        ranked = sorted(rows, key=lambda row: -max(row["rows"]["dispersion"], row["columns"]["dispersion"]))
+        spatial_figure([(row["tensor"], masks[row["tensor"]]) for row in ranked], figure)
+    output.document({"old": str(old), "new": str(new), "tensors": rows})
+    if not as_json:
+        _places(output, rows)
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return tensor.contiguous().view(kinds[tensor.element_size()])
+
+
+def _places(output: Output, rows: list[dict[str, Any]]) -> None:
+    from rich.table import Table
+
+    if not rows:
+        output.say("no matrix has changed")
+        return
+    with_heads = any("heads" in row for row in rows)
+    table = Table("tensor", "changed", *(("rows p", "columns p", "heads p") if with_heads else ("rows p", "columns p")))
+    table.columns[0].overflow = "fold"
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for row in rows:
+        cells = [
+            f"{row[a]['dispersion']:.2f} {row[a]['p']:.3f}" if a in row else "" for a in ("rows", "columns", "heads")
+        ]
+        table.add_row(row["tensor"], share_text(row["changed"], 1), *cells[: 2 + with_heads])
+    output.show(table)
+    output.say("dispersion (1: random) and p, against random places among weights of the same exponent")
+
+
+@app.command(epilog=examples(
+    "thinwire probe ntk ./model --texts answers.tsv",
+    "thinwire probe ntk ./model --texts answers.tsv --against ./tuned --json",
+))  # fmt: skip
+def ntk(
+    ctx: typer.Context,
+    model: Annotated[Path, typer.Argument(help="Folder of a causal language model.", show_default=False)],
+    texts: Annotated[Path, typer.Option(help="Prompt, tab, answer a line.", show_default=False)],
+    against: Annotated[Path | None, typer.Option(help="A later version: shows how far the kernel drifted.")] = None,
+    memory: Annotated[float, typer.Option(min=0.01, help="GB that derivatives may take.")] = 1.0,
+    figure: Figure = None,
+    as_json: Json = False,
+) -> None:
+    """Compute the tangent kernel of a policy's log-probabilities on texts: its spectrum, effective rank and drift."""
+    output = Output(ctx, as_json=as_json)
+    from thinwire.lab.kernels import kernel_of_texts, read_texts
+    from thinwire.probe.rank import effective_rank
+    from thinwire.probe.spectrum import spectrum_of
+    from thinwire.probe.tangent import drift
+
+    pairs = read_texts(texts)
+    limit = int(memory * 1e9)
+    first = kernel_of_texts(model, pairs, memory_max=limit)
+    kernels = {str(model): first}
+    if against is not None:
+        kernels[str(against)] = kernel_of_texts(against, pairs, memory_max=limit)
+    facts: dict[str, Any] = {"texts": len(pairs), "models": {}}
+    spectra = {}
+    for name, kernel in kernels.items():
+        spectra[name] = spectrum_of(kernel).values  # it is symmetric and has no negative eigenvalue
+        ranks = {kind: effective_rank(kernel, kind) for kind in ("entropy", "participation", "stable")}
+        facts["models"][name] = {"eigenvalues": spectra[name].tolist(), "trace": float(kernel.trace()), "ranks": ranks}
+    if against is not None:
+        facts["drift"] = drift(first, kernels[str(against)])
+    if figure is not None:
+        from thinwire.probe.figures import spectrum_figure
+
+        spectrum_figure({name: values.numpy() for name, values in spectra.items()}, figure)
+    output.document(facts)
+    for name, one in facts["models"].items():
+        listed = ", ".join(f"{kind} {rank:.1f}" for kind, rank in one["ranks"].items())
+        output.say(f"{name}: trace {one['trace']:.4g}, largest eigenvalue {one['eigenvalues'][0]:.4g}; "
+                   f"effective rank {listed}, of {len(pairs)}")  # fmt: skip
+    if "drift" in facts:
+        output.say(f"drift (1 - alignment): {facts['drift']:.4f}")

@@ -14,7 +14,7 @@ from thinwire.errors import MisuseError
 from thinwire.probe.changes import Changes, ulp_bin_label
 from thinwire.probe.kinds import KINDS
 
-__all__ = ["changes_figure", "figure_class", "save_figure", "spatial_figure"]
+__all__ = ["changes_figure", "figure_class", "save_figure", "spatial_figure", "spectrum_figure"]
 
 
 def figure_class() -> Any:
@@ -142,3 +142,23 @@ def _matrix(figure: Any, name: str, changed: torch.Tensor, side: int) -> None:
     for axis in (top, edge, middle):
         axis.tick_params(labelsize=7)
     figure.suptitle(name if len(name) <= 48 else "…" + name[-47:], fontsize=8)
+
+
+def spectrum_figure(spectra: Mapping[str, np.ndarray[Any, Any]], path: str | os.PathLike[str]) -> None:
+    """Draw eigenvalues by their rank, both on logarithmic axes; one line for each name.
+
+    Raises:
+        MisuseError: Matplotlib is not installed.
+    """
+    figure = figure_class()(figsize=(5.2, 3.6), layout="constrained")
+    axes = figure.subplots()
+    for name, values in spectra.items():
+        positive = values[values > 0]
+        axes.plot(np.arange(1, len(positive) + 1), positive, marker="o", ms=3, lw=1.2, label=name)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("rank of the eigenvalue", fontsize=9)
+    axes.set_ylabel("eigenvalue of the tangent kernel", fontsize=9)
+    axes.legend(fontsize=8, frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    save_figure(figure, path)
