@@ -15,7 +15,7 @@ from numba import njit, types
 from numba.extending import intrinsic
 
 from thinwire.wire.values import ordered
-from thinwire.wire.vector import LANES, differing_lanes, leading_zeros, trailing_zeros
+from thinwire.wire.vector import LANES, differing_lanes, leading_zeros, ones, trailing_zeros
 
 __all__ = ["BINS", "compare_narrow", "compare_wide", "follow_bytes", "squares_bf16", "squares_wide"]
 
@@ -85,13 +85,19 @@ def _fold_cells(cells, kept, steps, hist, words, marking, flip, renew):
         lanes = _fold(cells, kept, fresh, start, flip)
         if marking:
             words[start // LANES] = lanes
+        if lanes == np.uint64(0):
+            continue
+        changed += ones(lanes)
+        if not steps:
+            if renew:
+                for j in range(LANES):
+                    kept[start + j] = fresh[j]
+            continue
         while lanes != np.uint64(0):
             j = trailing_zeros(lanes)
             lanes &= lanes - np.uint64(1)
-            changed += 1
-            if steps:
-                step = np.int64(np.int8(fresh[j] - kept[start + j]))
-                hist[np.int64(65) - leading_zeros(np.uint64(abs(step) - 1))] += 1
+            step = np.int64(np.int8(fresh[j] - kept[start + j]))
+            hist[np.int64(65) - leading_zeros(np.uint64(abs(step) - 1))] += 1
             if renew:
                 kept[start + j] = fresh[j]
     return changed

@@ -141,8 +141,9 @@ def _decayed(weights: Tensor, rule: UpdateRule) -> Floats:
 
 def _coupled(values: Floats, rule: UpdateRule) -> Floats:
     """The part of SGD's update that is decay, known without the gradient. Adam divides it away with the gradient."""
-    share = -rule.lr * rule.weight_decay if rule.name == "sgd" else 0.0
-    return values * share
+    if rule.name != "sgd" or not rule.weight_decay:
+        return np.zeros_like(values)
+    return values * (-rule.lr * rule.weight_decay)
 
 
 def change_probability(
