@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from thinwire.errors import MisuseError
+from thinwire.probe import spatial as spatial_module
 from thinwire.probe.spatial import mask_words, structure_of
 
 
@@ -86,6 +87,14 @@ def test_counts_are_those_of_the_mask(seed: int, rows: int, columns: int) -> Non
     for axis in (found.rows, found.columns):
         for pattern in (axis.uniform, axis.within_exponent):
             assert 0.1 <= pattern.p_value <= 1
+
+
+def test_blocks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(4)
+    weights, mask = torch.randn(37, 29, generator=generator), torch.rand(37, 29, generator=generator) < 0.2
+    whole = structure_of(mask_words(mask), weights)
+    monkeypatch.setattr(spatial_module, "_BLOCK", 128)
+    assert repr(structure_of(mask_words(mask), weights)) == repr(whole)
 
 
 def test_the_dispersion_of_random_positions_is_one_on_average() -> None:

@@ -36,7 +36,7 @@ __all__ = ["Axis", "Pattern", "Structure", "mask_words", "structure_of"]
 Counts = npt.NDArray[np.int64]
 
 _CELLS_MAX = 1_000_000_000  # of NumPy's multivariate hypergeometric
-_BLOCK_ROWS = 1 << 22  # elements that are looked at at a time
+_BLOCK = 1 << 22  # elements that are looked at at a time; a multiple of 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,35 +77,36 @@ def mask_words(mask: Tensor) -> Words:
     return np.packbits(padded, bitorder="little").view(np.uint64)
 
 
-def _classes(weights: Tensor) -> npt.NDArray[np.int64]:
-    """The exponents of floats; 0 of integers."""
-    dtype = dtype_of_tensor(weights)
-    cells = cells_of(weights)
+def _classes(part: Tensor) -> tuple[npt.NDArray[np.int64], int]:
+    """The exponents of floats, 0 of integers, and how many there can be."""
+    dtype = dtype_of_tensor(part)
+    cells = cells_of(part)
     if not dtype.is_float:
-        return np.zeros(cells.size, np.int64)
+        return np.zeros(cells.size, np.int64), 1
     magnitude = (1 << (8 * dtype.cell_bytes - 1)) - 1
-    return ((cells & cells.dtype.type(magnitude)) >> cells.dtype.type(dtype.mantissa_bits)).astype(np.int64)
+    exponents = (cells & cells.dtype.type(magnitude)) >> cells.dtype.type(dtype.mantissa_bits)
+    return exponents.astype(np.int64), 1 << dtype.exponent_bits
 
 
 def _tables(words: Words, matrix: Tensor) -> tuple[list[Counts], list[Counts]]:
     """By exponent class and row, by exponent class and column: the elements, and those that changed."""
     rows, columns = matrix.shape
-    bits = np.unpackbits(words.view(np.uint8), count=rows * columns, bitorder="little").astype(np.int64)
-    kinds = _classes(matrix)
-    _, kinds = np.unique(kinds, return_inverse=True)
-    classes = int(kinds.max()) + 1
+    classes = _classes(matrix[:0])[1]
     sizes = [np.zeros((classes, n), np.int64) for n in (rows, columns)]
     changed = [np.zeros((classes, n), np.int64) for n in (rows, columns)]
-    step = max(1, _BLOCK_ROWS // columns)
-    for first in range(0, rows, step):
-        part = slice(first * columns, min(first + step, rows) * columns)
-        row = np.arange(part.start, part.stop) // columns
-        for axis, at, length in ((0, row, rows), (1, np.arange(part.start, part.stop) % columns, columns)):
-            place = kinds[part] * length + at
-            sizes[axis] += np.bincount(place, minlength=classes * length).reshape(classes, length)
-            weighted = np.bincount(place[bits[part] > 0], minlength=classes * length)
-            changed[axis] += weighted.reshape(classes, length)
-    return sizes, changed
+    flat = matrix.reshape(-1)
+    for first in range(0, flat.numel(), _BLOCK):
+        last = min(first + _BLOCK, flat.numel())
+        kinds, _ = _classes(flat[first:last])
+        marks = words[first // 64 : -(-last // 64)].view(np.uint8)
+        marked = np.flatnonzero(np.unpackbits(marks, count=last - first, bitorder="little"))
+        row, column = np.divmod(np.arange(first, last), columns)
+        for axis, at, length in ((0, row, rows), (1, column, columns)):
+            place = kinds * length + at
+            for table, chosen in ((sizes, place), (changed, place[marked])):
+                table[axis] += np.bincount(chosen, minlength=classes * length).reshape(classes, length)
+    used = sizes[0].sum(axis=1) > 0
+    return [table[used] for table in sizes], [table[used] for table in changed]
 
 
 def _pattern(sizes: Counts, changed: Counts, random: np.random.Generator, permutations: int) -> Pattern:
