@@ -81,6 +81,89 @@ def sparsity(
         )
 
 
+@app.command(epilog=examples(
+    "thinwire study sharpness",
+    "thinwire study sharpness --recipe tiny --seeds 5 -o rows.jsonl",
+    "thinwire study sharpness --optimiser descent --json",
+))  # fmt: skip
+def sharpness(
+    ctx: typer.Context,
+    recipe: Annotated[str, typer.Option(help="nano or tiny.")] = "nano",
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each smoothing.")] = 5,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of a run.")] = 8,
+    optimiser: Annotated[str, typer.Option(help="adamw, or descent: steps of one size along the gradient.")] = "adamw",
+    rows: Annotated[Path | None, typer.Option("--out", "-o", help="Write the rows here, a line of JSON each.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Ask whether sharp advantages make sparse updates: the same answers, learned from with advantages smoothed."""
+    output = Output(ctx, as_json=as_json)
+    from thinwire.lab.sharpness import SharpnessOptions, summarise
+    from thinwire.lab.sharpness import sharpness as run
+
+    options = SharpnessOptions(recipe, tuple(range(seeds)), steps, optimiser=optimiser, measured=(1, steps))  # type: ignore[arg-type]
+    with output.stderr.status("warm start"):
+        found = run(options)
+    lines = summarise(found)
+    _write_rows(rows, found)
+    output.document({"options": asdict(options), "lines": lines})
+    if not as_json:
+        from rich.table import Table
+
+        table = Table("advantages", "number", "changed", "against plain", "gradient's rank")
+        table.columns[0].no_wrap = True
+        for line in lines:
+            gap = 100 * line["density_gap"] / lines[0]["density"]
+            error = 100 * line["density_error"] / lines[0]["density"]
+            table.add_row(
+                line["smoothing"] + (f" {line['level']:g}" if line["level"] else ""), f"{line['number']:.1f}",
+                f"{100 * line['density']:.2f} %", f"{gap:+.1f} ± {error:.1f} %" if line is not lines[0] else "",
+                f"{100 * line['rank_gradient']:.1f} %",
+            )  # fmt: skip
+        output.show(table)
+        output.say(f"mean over {seeds} seeds and {steps} steps; ± is the standard error over seeds. Number: of answers "
+                   "that count; rank: of full")  # fmt: skip
+
+
+@app.command(epilog=examples("thinwire study prediction", "thinwire study prediction --recipe tiny -o rows.jsonl"))
+def prediction(
+    ctx: typer.Context,
+    recipe: Annotated[str, typer.Option(help="nano or tiny.")] = "nano",
+    lr: Annotated[float, typer.Option(help="Learning rate.")] = 1e-5,
+    steps: Annotated[int, typer.Option(min=8, help="Steps of each run.")] = 32,
+    rows: Annotated[Path | None, typer.Option("--out", "-o", help="Write the rows here, a line of JSON each.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Ask which weights a step will change, before it: rules and small models, on steps they were not fitted to."""
+    output = Output(ctx, as_json=as_json)
+    from thinwire.lab.foretelling import ForetellingOptions, foretell
+
+    options = ForetellingOptions(recipe, lr, steps)
+    with output.stderr.status("") as status:
+        found = foretell(options, say=status.update)
+    _write_rows(rows, found)
+    output.document({"options": asdict(options), "rows": found})
+    if not as_json:
+        from rich.table import Table
+
+        settings = list(dict.fromkeys(row["setting"] for row in found))
+        table = Table("predictor", *settings, title="average precision (base rate)", title_justify="left")
+        for name in dict.fromkeys(row["predictor"] for row in found):
+            by = {row["setting"]: row for row in found if row["predictor"] == name}
+            cells = [
+                f"{by[s]['average_precision']:.3f} ({by[s]['base_rate']:.3f})" if s in by else "" for s in settings
+            ]
+            table.add_row(name, *cells)
+        output.show(table)
+
+
+def _write_rows(path: Path | None, rows: list[dict[str, Any]]) -> None:
+    import json
+
+    if path is not None:
+        short = [{k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()} for row in rows]
+        path.write_text("".join(json.dumps(row) + "\n" for row in short))
+
+
 def _report(study: Study, out: Path) -> tuple[dict[str, int], list[Finding]]:
     from thinwire.lab.study.execute import read_records
     from thinwire.lab.study.figures import draw_all

@@ -53,6 +53,11 @@ class MasterAdamW:
         """The fp32 copies, in the order of ``model.parameters()``."""
         return iter(self._masters)
 
+    @property
+    def optimizer(self) -> torch.optim.AdamW:
+        """The torch optimiser that updates the masters."""
+        return self._adamw
+
     def set_lr(self, lr: float) -> None:
         """Use ``lr`` from the next step on."""
         for group in self._adamw.param_groups:

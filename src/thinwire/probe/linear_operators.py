@@ -35,7 +35,8 @@ def linear_operator(matrix: CurvatureOperator) -> Any:
     except ImportError as error:
         raise MisuseError(
             "linear operators need curvlinops: pip install 'thinwire[curvature]' (on a machine without a torchvision "
-            "that fits its torch: pip install --no-deps curvlinops-for-pytorch einconv linear_operator einops)"
+            "that fits its torch: pip install --no-deps curvlinops-for-pytorch einconv linear_operator einops "
+            "opt-einsum)"
         ) from error
 
     class Operator(PyTorchLinearOperator):  # type: ignore[misc, unused-ignore]
