@@ -7,7 +7,7 @@ MODEL ?= tiny
 WORKERS ?= auto
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-data test-gpu fuzz lint types format bench bench-real bench-follow bench-accuracy bench-signal bench-merge bench-switch bench-merge-suite clean
+.PHONY: help setup demo test test-slow test-data test-gpu fuzz lint types format bench bench-real bench-follow bench-accuracy bench-signal bench-merge bench-switch bench-merge-suite study study-smollm2 clean
 
 help: ## what there is
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -87,6 +87,12 @@ bench-switch: $(VENV)/.dev ## switching a 0.5 B model's tasks beside PEFT's LoRA
 
 bench-merge-suite: $(VENV)/.dev ## four small tasks: experts, every merge method, and the router
 	$(PYTHON) -m thinwire bench merge-suite
+
+study: $(VENV)/.dev ## 305 small runs: which weights move, and why; results in OUT=study
+	$(PYTHON) -m thinwire study sparsity --config configs/study.yaml -o $(or $(OUT),study)
+
+study-smollm2: $(VENV)/.dev $(VENV)/.smollm2 ## the same of SmolLM2-135M; hours on two cores
+	$(PYTHON) -m thinwire study sparsity --config configs/study-smollm2.yaml -o $(or $(OUT),study-smollm2) --jobs 1
 
 clean: ## remove what make and the tools have made
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
