@@ -263,6 +263,21 @@ def test_moments_are_filled_without_moving_the_weights() -> None:
     assert fresh > 1.5 * old > 0  # a warmed-up Adam takes smaller steps on noise than a new one
 
 
+def test_a_shadow_takes_over_the_real_weights_when_all_lags_start_anew() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weights = {"w": (torch.randn(60, 50, generator=generator) * 0.02).to(BF16), "b": torch.zeros(7, dtype=BF16)}
+    large = {"w": torch.ones(60, 50, dtype=BF16), "b": torch.ones(7, dtype=BF16)}
+    shadow = Shadow(weights, lambda p: torch.optim.Adam(p, lr=1e-4), lags=(1, 2), sample=500)
+    assert shadow.step()[1].fraction > 0.1
+    assert not shadow.restart_from(large)  # the longer lag is under way
+    assert shadow.step()[2].fraction > 0.1
+    assert shadow.restart_from(large)
+    assert shadow.step()[1].fraction == 0  # steps of 1e-4 round away at 1.0
+    assert shadow.step()[2].fraction == 0
+    assert shadow.restart_from({"w": torch.ones(3), "b": weights["b"]})  # of another size: left as it was
+    assert 0 < shadow.step()[1].tensors["b"] != shadow.step()[1].tensors["w"] == 0
+
+
 def test_schedules_and_correlation_count() -> None:
     weights = {"w": torch.randn(100, 100, generator=torch.Generator().manual_seed(0)).to(BF16) * 0.02}
 

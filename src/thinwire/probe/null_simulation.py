@@ -4,10 +4,10 @@ What :func:`thinwire.probe.null.predict_null` computes for one step is simulated
 up, schedules, decay, weights that stay where they round to, and how many weights differ from 8 or 32 steps ago. The
 optimiser is of the same class as the real one, its hyperparameters are the real ones, its gradients know nothing.
 
-Against a whole model that is driven by random gradients it is right at every one of 1,000 steps. Against real training it
-is right at the first step; then gradients that resemble the last ones make updates that add up, so that more changes, and
-gradients that die away under Adam's longer memory of their size make smaller ones, so that less does. Both are what the
-excess is there to show, not errors of the null; with a ``correlation`` the first of them can be tried out.
+A simulation starts from the weights given and goes its own way. Where a real run of many steps moves its weights
+elsewhere, their null is another: bf16 weights that are pushed one way in place leave the small sizes at which they can
+change. A tracker therefore sets its shadow back to the real weights whenever all lags start anew
+(:meth:`Shadow.restart_from`).
 
 >>> weights = {"w": torch.randn(64, 64, generator=torch.Generator().manual_seed(0)).bfloat16() * 0.02}
 >>> found = simulate_null(weights, lambda params: torch.optim.AdamW(params, lr=1e-5), steps=20, lags=(1, 8))
@@ -110,6 +110,7 @@ class Shadow:
         self._view = dict(view) if isinstance(view, Mapping) else dict.fromkeys(tensors, view)
         self._masters_of = masters_of
         share = sample / max(1, sum(self._elements.values()))
+        self._chosen: dict[str, Tensor] = {}
         self._params = {name: self._part(name, tensor, share) for name, tensor in tensors.items()}
         sizes = [p.numel() for p in self._params.values()]
         self._ends = np.cumsum([0, *sizes])
@@ -128,7 +129,8 @@ class Shadow:
         size = int(np.prod(shape))
         if size < flat.numel():
             chosen = torch.randint(flat.numel(), (size,), generator=self._generator)
-            flat = flat[chosen.to(flat.device)]
+            self._chosen[name] = chosen.to(flat.device)
+            flat = flat[self._chosen[name]]
         part = flat.detach().to("cpu", copy=True)
         if self._masters_of:
             self._view[name] = self._view.get(name) or part.dtype
@@ -162,6 +164,25 @@ class Shadow:
             gradient = drawn[self._ends[k] : self._ends[k + 1]].view(p.shape) * self._rms.get(name, 1.0)
             p.grad = gradient.to(p.dtype)
         self.optimizer.step()
+
+    @torch.no_grad()
+    def restart_from(self, tensors: Mapping[str, Tensor]) -> bool:
+        """Take over the sampled elements of ``tensors`` as they are now, if all lags start anew after the last step.
+
+        The optimiser's state stays; a tensor of another size than at first is left as it was. Returns whether lags did.
+        """
+        if self._masters_of or any(self._step % lag for lag in self._lags):
+            return False
+        for name, p in self._params.items():
+            flat = plain_tensor(tensors[name]).reshape(-1)
+            if flat.numel() != self._elements[name]:
+                continue
+            chosen = self._chosen.get(name)
+            part = flat[: p.numel()] if chosen is None else flat[chosen.to(flat.device)]
+            p.copy_(part.view(p.shape))
+        now = self._seen()
+        self._lags = dict.fromkeys(self._lags, now)
+        return True
 
     def set_rms(self, rms: Mapping[str, float]) -> None:
         """The size of the gradients from the next step on, by name."""

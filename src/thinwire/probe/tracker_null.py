@@ -23,6 +23,9 @@ _SCALE_FREE = ("Adam", "AdamW", "NAdam", "RAdam", "Adamax", "Adafactor", "RMSpro
 class TrackerNull:
     """Follows the hyperparameters of ``optimizer`` and drives a sample of what it updates by random gradients.
 
+    The sample starts from the real weights again whenever all lags start anew, so that a null is always one of the
+    weights that there are: in 1 step, 8 or 32, from where the run was then.
+
     Args:
         tensors: the parameters by name. masters: what the optimiser updates in their stead, by name.
         make: makes an optimiser of parameter groups; by default the optimiser's class does.
@@ -83,6 +86,7 @@ class TrackerNull:
         for name, group in by_name.items():
             group.update(_options(self._groups[name]))
         found = self._shadow.step()
+        self._shadow.restart_from(self._updated)
         share = sum(self._total[name] for name in self._updated) / max(1, sum(self._total.values()))
         still = dict.fromkeys(self._total, 0.0)  # what the optimiser does not update does not change
         return {
