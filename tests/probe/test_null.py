@@ -154,7 +154,6 @@ def test_more_precision_or_a_larger_step_changes_more() -> None:
     assert predict_null(weights, lr=0.0).fraction == 0
     tiny = Gradients(rms=1e-2)  # their squares are 0 in fp16, and so is eps: Adam makes them NaN
     assert predict_null(weights.half(), lr=0.0, gradients=tiny).fraction > 0.3
-    assert predict_null(weights, lr=1e-6, sample=1000).error > 0 or predict_null(weights, lr=1e-6).fraction == 1
     sampled = predict_null(weights, lr=1e-6, view=BF16, sample=2000)
     whole = predict_null(weights, lr=1e-6, view=BF16, sample=10**6)
     assert whole.error == 0 < sampled.error
