@@ -39,6 +39,7 @@ class _Watch:
         self._kept = {lag: {name: p.clone() for name, p in self._served.items()} for lag in LAGS}
         self._groups = {name: self._group(name) for name in self._served}
         view = torch.bfloat16 if weights == "masters" else None
+        self._owned = stepper.owned
         self._shadow = Shadow(stepper.owned, make, view=view, lags=LAGS, sample=_SAMPLE, seed=seed)
         self.rows: list[dict[str, Any]] = []
 
@@ -61,6 +62,7 @@ class _Watch:
                     "changed": changes.changed, "null": expected, "squares": changes.squares,
                     "weight_squares": changes.weight_squares,
                 })  # fmt: skip
+        self._shadow.restart_from(self._owned)  # where all lags start anew: the null is of the weights as they are
 
 
 def _gradient_rms(stepper: Stepper, clip_norm: float) -> tuple[dict[str, float], float]:
