@@ -35,7 +35,7 @@ BF16 = torch.bfloat16
 
 @dataclass(frozen=True, slots=True)
 class InstrumentOptions:
-    """Elements to compare; width, layers, rows and tokens of the training step; steps of the null; sides of matrices."""
+    """Elements to compare; width, layers, rows and tokens of a training step; steps of the null; sides of matrices."""
 
     elements: int = 64_000_000
     width: int = 512
