@@ -14,7 +14,7 @@ from thinwire.lab.study.findings import Finding
 from thinwire.lab.study.matrix import LEVELS
 from thinwire.lab.study.summary import Summary
 
-__all__ = ["findings_markdown", "write_page"]
+__all__ = ["findings_markdown", "prediction_markdown", "sharpness_markdown", "write_page"]
 
 _SIGNS = {"supported": "supported", "refuted": "**refuted**", "undecided": "undecided"}
 
@@ -116,3 +116,32 @@ def _picture(path: Path) -> str:
     caption = html.escape(FIGURES[path.stem][2])
     image = f"<img src='data:image/png;base64,{data}' alt='{caption}'>"
     return f"<figure>{image}<figcaption>{caption}</figcaption></figure>"
+
+
+def sharpness_markdown(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """What smoothed advantages make of density, beside plain ones: a column for each set of rows, by its title."""
+    from thinwire.lab.sharpness import summarise
+
+    found = {title: summarise([dict(row) for row in rows]) for title, rows in runs.items()}
+    kinds = list(dict.fromkeys((line["smoothing"], line["level"]) for lines in found.values() for line in lines))
+    heading = ["advantages", *(f"{title} ({lines[0]['seeds']} seeds)" for title, lines in found.items())]
+    lines = ["| " + " | ".join(heading) + " |", "|---|" + "---:|" * len(found)]
+    for kind in kinds[1:]:
+        cells = [kind[0] + (f" {kind[1]:g}" if kind[1] else "")]
+        for title in found:
+            plain = found[title][0]["density"]
+            line = next(one for one in found[title] if (one["smoothing"], one["level"]) == kind)
+            cells.append(f"{100 * line['density_gap'] / plain:+.1f} ± {100 * line['density_error'] / plain:.1f} %")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def prediction_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Average precision of each predictor in each setting, beside that of chance."""
+    settings = list(dict.fromkeys(row["setting"] for row in rows))
+    lines = ["| predictor | " + " | ".join(settings) + " |", "|---|" + "---:|" * len(settings)]
+    for name in dict.fromkeys(row["predictor"] for row in rows):
+        by = {row["setting"]: row for row in rows if row["predictor"] == name}
+        cells = [f"{by[s]['average_precision']:.3f} ({by[s]['base_rate']:.3f})" if s in by else "" for s in settings]
+        lines.append("| " + " | ".join([name, *cells]) + " |")
+    return "\n".join(lines)
