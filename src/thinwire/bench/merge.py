@@ -95,7 +95,7 @@ def _dense(base: Path, checkpoints: list[Path], recipe: Recipe) -> Iterator[tupl
 
         for tensor in source:
             found = recipe.at(tensor)
-            parameters = {k: v for k, v in found.shared.items() if k != "all_weights"}
+            parameters = {k: v for k, v in found.shared.items() if k in recipe.method.parameters}
             parameters.pop("lambda", None) if name in ("sce", "ram") else None
             for key in found.tasks[0] if found.tasks else ():
                 parameters[key] = [task[key] for task in found.tasks]

@@ -77,9 +77,9 @@ def _over_time(figure: Any, summaries: Sequence[Summary], centre: Mapping[str, A
                 _bars(axes, x, values, color=color, **style)
             axes.set_xticks(x)
             axes.legend(fontsize=8, frameon=False)
-        axes.set_ylim(0)
         axes.set_title(_NAMES[objective], fontsize=10)
         _tidy(axes, "quarter of the run", "weights changed in a step, %" if objective == "rl" else "")
+    panels[0].set_ylim(bottom=0)  # after all panels are drawn: it ends the search for the top
 
 
 def _by_kind(figure: Any, summaries: Sequence[Summary], centre: Mapping[str, Any]) -> None:
