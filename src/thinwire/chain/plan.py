@@ -1,15 +1,16 @@
-"""The cheapest way to a version, as a pure function of the manifests at hand."""
+"""The cheapest way to a version, as a pure function of the manifests and skip deltas at hand."""
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Mapping, Set
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
 
 from thinwire.errors import NoPathError
 from thinwire.wire.manifest import DeltaRef, Manifest, ObjectRef
+from thinwire.wire.skip import Skip
 
-__all__ = ["HOP_BYTES", "Hop", "Path", "plan"]
+__all__ = ["HOP_BYTES", "Hop", "Path", "plan", "sketch"]
 
 HOP_BYTES = 64 << 10
 """What one more object to fetch, apply and verify counts for, in bytes, so that of two ways alike the shorter wins."""
@@ -17,11 +18,15 @@ HOP_BYTES = 64 << 10
 
 @dataclass(frozen=True, slots=True)
 class Hop:
-    """A delta to apply, and the version and state digest that it leads to."""
+    """A delta to apply, and the version and state digest that it leads to.
+
+    ``skip``: no manifest names it, a skip delta's record does.
+    """
 
     version: int
     state: str
     delta: DeltaRef
+    skip: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +50,9 @@ def plan(
     have: int | None = None,
     have_state: str | None = None,
     avoid: Set[str] = frozenset(),
+    skips: Iterable[Skip] = (),
 ) -> Path:
-    """The path to version ``target`` with the fewest bytes, over anchors and deltas of any length.
+    """The path to version ``target`` with the fewest bytes, over anchors, deltas of any length and ``skips``.
 
     ``have`` is the version already held, with state digest ``have_state``; ``avoid`` holds keys of objects found to be
     missing or damaged.
@@ -54,19 +60,23 @@ def plan(
     Raises:
         NoPathError: no path over the known manifests and intact objects.
     """
-    edges: dict[int, list[tuple[int, Manifest, DeltaRef]]] = {}
+    edges: dict[int, list[tuple[int, DeltaRef, bool]]] = {}
     best: dict[int, int] = {}
-    came: dict[int, tuple[int, DeltaRef] | None] = {}
+    came: dict[int, tuple[int, DeltaRef, bool] | None] = {}
     queue: list[tuple[int, int]] = []
     for version, manifest in manifests.items():
         if version > target:
             continue
         for delta in manifest.deltas:
             if delta.object.key not in avoid:
-                edges.setdefault(delta.base, []).append((version, manifest, delta))
+                edges.setdefault(delta.base, []).append((version, delta, False))
         if manifest.anchor and not any(ref.key in avoid for ref in manifest.anchor):
             best[version] = manifest.anchor_bytes + HOP_BYTES * len(manifest.anchor)
             came[version] = None
+    for skip in skips:
+        leads = skip.version in manifests and manifests[skip.version].state == skip.state
+        if leads and skip.version <= target and skip.object.key not in avoid:
+            edges.setdefault(skip.base, []).append((skip.version, skip.delta, True))
     if have is not None and have_state and have in manifests and manifests[have].state != have_state:
         have = None  # what is held is not what the chain calls by this number
     if have is not None and have <= target:
@@ -80,12 +90,12 @@ def plan(
         if cost > best[version]:
             continue
         state = manifests[version].state if version in manifests else have_state
-        for following, _, delta in edges.get(version, ()):
+        for following, delta, is_skip in edges.get(version, ()):
             if state is not None and delta.base_state != state:
                 continue
             reached = cost + delta.object.size + HOP_BYTES
             if reached < best.get(following, reached + 1):
-                best[following], came[following] = reached, (version, delta)
+                best[following], came[following] = reached, (version, delta, is_skip)
                 heapq.heappush(queue, (reached, following))
     if target not in best:
         raise NoPathError(
@@ -98,8 +108,41 @@ def plan(
     hops: list[Hop] = []
     at = target
     while (step := came[at]) is not None:
-        hops.append(Hop(at, manifests[at].state, step[1]))
+        hops.append(Hop(at, manifests[at].state, step[1], step[2]))
         at = step[0]
     hops.reverse()
     from_held = have is not None and at == have and best[at] == 0
     return Path(None if from_held else at, () if from_held else manifests[at].anchor, tuple(hops))
+
+
+def sketch(
+    hints: Mapping[tuple[int, int], int], target: int, *, starts: Mapping[int, int], single_bytes: int
+) -> tuple[int, ...]:
+    """The versions on what looks like the cheapest way to ``target``, from hints alone: which manifests to fetch.
+
+    ``hints`` holds the sizes of skip deltas by (base, version), ``starts`` what it costs to be at a version,
+    ``single_bytes`` the assumed size of every delta to the next version. Nothing is proved by this; :func:`plan`
+    decides over what the manifests say. Empty if no start is at or before ``target``.
+
+    >>> sketch({(2, 4): 10, (4, 8): 12}, 9, starts={1: 0}, single_bytes=9)
+    (1, 2, 4, 8, 9)
+    """
+    by_version: dict[int, list[tuple[int, int]]] = {}
+    for (base, version), size in hints.items():
+        by_version.setdefault(version, []).append((base, size))
+    first = min((v for v in starts if v <= target), default=None)
+    if first is None:
+        return ()
+    best: dict[int, int] = {}
+    came: dict[int, int] = {}
+    for version in range(first, target + 1):
+        ways = [(best[b] + size + HOP_BYTES, b) for b, size in by_version.get(version, ()) if b in best]
+        if version - 1 in best:
+            ways.append((best[version - 1] + single_bytes + HOP_BYTES, version - 1))
+        if version in starts:
+            ways.append((starts[version], 0))
+        best[version], came[version] = min(ways)
+    found = [target]
+    while came[found[-1]]:
+        found.append(came[found[-1]])
+    return tuple(reversed(found))

@@ -10,6 +10,7 @@ from types import MappingProxyType
 
 from thinwire.errors import UntrustedError
 from thinwire.wire.manifest import Manifest
+from thinwire.wire.skip import Skip
 
 __all__ = ["TrustedChain"]
 
@@ -74,6 +75,34 @@ class TrustedChain:
         manifest = self.accept(data, version=version)
         self.floor = max(self.floor, version)
         return manifest
+
+    def accept_skip(self, data: bytes, *, base: int, version: int) -> Skip:
+        """Accept the record in ``data``, which was stored as that of the skip delta from ``base`` to ``version``.
+
+        The manifests of both versions must have been accepted. Believing a record is no more than trying its patch:
+        the digest of what the patch makes decides.
+
+        Raises:
+            MalformedError, UnsupportedError: not a record this release can read.
+            UntrustedError: of other versions than asked for, or between other states than those of these versions.
+        """
+        skip = Skip.parse(data)
+        if (skip.base, skip.version) != (base, version):
+            raise UntrustedError(
+                f"the record stored for a skip from {base} to {version} is that of {skip.base} to {skip.version}",
+                expected=(base, version),
+                actual=(skip.base, skip.version),
+            )
+        for number, state in ((base, skip.base_state), (version, skip.state)):
+            manifest = self._manifests[number]
+            if (manifest.state, manifest.hash) != (state, skip.hash):
+                raise UntrustedError(
+                    f"a skip delta's record gives version {number} the state {state} ({skip.hash}), "
+                    f"its manifest says {manifest.state} ({manifest.hash})",
+                    expected=manifest.state,
+                    actual=state,
+                )
+        return skip
 
     def _check(self, manifest: Manifest) -> None:
         version, digest = manifest.version, manifest.digest

@@ -13,7 +13,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from thinwire.chain.plan import plan
 from thinwire.errors import (
     MalformedError,
     MisuseError,
@@ -26,7 +25,7 @@ from thinwire.errors import (
 from thinwire.sync.anchor import write_shards
 from thinwire.sync.checkpoint import Checkpoint, open_checkpoint, tree_of_checkpoint
 from thinwire.sync.files import Stages, stage_of, write_file
-from thinwire.sync.host import Fetched, fetch_path, fetch_state
+from thinwire.sync.host import Fetched, Route, fetch_path, fetch_state
 from thinwire.sync.remote import Remote
 from thinwire.sync.rewrite import padded, patch_checkpoint
 from thinwire.wire.container import PREFIX_BYTES
@@ -39,7 +38,6 @@ FILE_NAME = "model.safetensors"
 VERSION_KEY, STATE_KEY = "thinwire.version", "thinwire.state"
 _LOCK_NAME = ".thinwire.lock"
 _SPARE_BYTES = 64  # of the header, so that it can name later versions without moving the tensors
-_HOPS_MAX = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,15 +174,11 @@ class Mirror:
 
     def _by_deltas(self, held: _Held, target: Manifest) -> Fetched | None:
         """Patch the file, if that is the cheapest way; None if it is not, or does not work out."""
-        if target.version - held.version > _HOPS_MAX:
-            return None
-        self.remote.manifests(range(min(target.anchor_version, held.version), target.version))
-        manifests = self.remote.chain.manifests
+        route = Route(self.remote, target, have=held.version, have_state=held.state)
         try:
-            way = plan(manifests, target.version, have=held.version, have_state=held.state, avoid=self.avoid)
-            if way.anchor_version is not None:
+            if route.find(self.avoid).anchor_version is not None:
                 return None
-            fetched = fetch_path(self.remote, target, have=held.version, have_state=held.state, avoid=self.avoid)
+            fetched = fetch_path(self.remote, target, route=route, avoid=self.avoid)
         except NoPathError:
             return None
         if fetched.path.anchor_version is not None:
@@ -200,7 +194,9 @@ class Mirror:
             )  # fmt: skip
         except (RefetchError, RebaseError, MalformedError) as error:
             if not isinstance(error, RebaseError):  # else it is the file that is at fault
-                self.avoid.update(hop.delta.object.key for hop in fetched.path.hops)
+                hops = fetched.path.hops
+                skips = [hop for hop in hops if hop.skip]  # what manifests do not name is doubted first
+                self.avoid.update(hop.delta.object.key for hop in skips or hops)
             self.warn(f"the patches to version {target.version} cannot be used, trying another way: {error}")
             return None
         return fetched

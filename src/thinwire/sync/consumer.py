@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from thinwire.errors import (
     NoPathError,
     ObjectNotFoundError,
     RefetchError,
+    RefuseError,
     StoreUnavailableError,
     WrongBaseError,
 )
@@ -32,6 +34,7 @@ from thinwire.wire.patch import Patch
 
 __all__ = ["ApplyResult", "Consumer", "Version"]
 
+_log = logging.getLogger(__name__)
 Model = torch.nn.Module | Mapping[str, torch.Tensor]
 
 
@@ -268,9 +271,9 @@ class Consumer:
             raise MisuseError("load a version first: consumer.load(model)")
         return self._held
 
-    def _fetch_to(self, manifest: Manifest, held: Manifest | None) -> Fetched:
+    def _fetch_to(self, manifest: Manifest, held: Manifest | None, *, by_skips: bool = True) -> Fetched:
         have, state = (held.version, held.state) if held is not None else (None, None)
-        return fetch_path(self._remote, manifest, have=have, have_state=state, avoid=self._avoid)
+        return fetch_path(self._remote, manifest, have=have, have_state=state, avoid=self._avoid, by_skips=by_skips)
 
     # --- applying --------------------------------------------------------------------------------------------------
 
@@ -280,13 +283,13 @@ class Consumer:
         began = time.perf_counter()
         seconds = {"fetch": 0.0, "decode": 0.0, "apply": 0.0, "verify": 0.0}
         bytes_fetched = hops = changed = 0
-        lost = False
+        lost, by_skips = False, True
         while True:
             held = self._require_held()
             if held.version >= manifest.version:
                 break
             if fetched is None:
-                fetched = self._fetch_to(manifest, None if lost else held)
+                fetched = self._fetch_to(manifest, None if lost else held, by_skips=by_skips)
             if fetched.path.anchor_version is not None:
                 return self._apply_anchor(manifest, fetched, model, began, seconds, bytes_fetched, progress)
             seconds["fetch"] += fetched.seconds
@@ -294,15 +297,22 @@ class Consumer:
             target = Target(model, self._layouts, self._aliases, read=True)
             for hop, data in zip(fetched.path.hops, fetched.patches, strict=True):
                 try:
-                    self._hop(hop, data, target, seconds, progress)
-                except WrongBaseError:  # the model is not what it was left as: only an anchor helps
-                    lost = True
+                    changed += self._hop(hop, data, target, seconds, progress)
+                except WrongBaseError as error:
+                    if hop.skip:  # it may lie about what it changes: a manifest's own delta will tell
+                        by_skips = False
+                        _log.warning("skip deltas are not used to get to version %d: %s", manifest.version, error)
+                    else:  # the model is not what it was left as: only an anchor helps
+                        lost = True
                     break
-                except (RefetchError, MalformedError):
+                except (RefetchError, RefuseError) as error:
                     self._avoid.add(hop.delta.object.key)
+                    if hop.skip:
+                        _log.warning("the skip delta to version %d is not used: %s", hop.version, error)
+                    elif not isinstance(error, (RefetchError, MalformedError)):
+                        raise
                     break
                 hops += 1
-                changed += self._remote.chain.manifests[hop.version].facts.get("changed", 0)
             fetched = None
         seconds["total"] = time.perf_counter() - began
         assert self._held is not None
@@ -310,8 +320,8 @@ class Consumer:
             self._held.version, self._held.step, self._held.state, "delta", hops, bytes_fetched, changed, seconds
         )
 
-    def _hop(self, hop: Hop, data: bytes, target: Target, seconds: dict[str, float], progress: Progress | None) -> None:
-        """Apply one patch; if that raises, everything is as it was."""
+    def _hop(self, hop: Hop, data: bytes, target: Target, seconds: dict[str, float], progress: Progress | None) -> int:
+        """Apply one patch; the number of changed elements. If it raises, everything is as it was."""
         manifest = self._remote.chain.manifests[hop.version]
         layouts = dict(target.layouts)
         patch = Patch.parse(data)
@@ -332,6 +342,7 @@ class Consumer:
         for stage in ("decode", "apply", "verify"):
             seconds[stage] += report.seconds[stage]
         self._hold(manifest, layouts, report.tree.aliases)
+        return report.changed
 
     def _apply_anchor(
         self,

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
 
-from thinwire.chain.plan import Path, plan
+from thinwire.chain.plan import Path, plan, sketch
 from thinwire.errors import (
     DamagedObjectError,
-    MalformedError,
     NoPathError,
     ObjectNotFoundError,
     RebaseError,
     RefetchError,
+    RefuseError,
+    UnsupportedError,
 )
 from thinwire.sync.anchor import read_shards
 from thinwire.sync.apply import apply_patch, tree_of
@@ -28,11 +32,13 @@ from thinwire.tensors.digest import block_cells, hash_block
 from thinwire.wire.digests import TensorInfo, Tree, tensor_digest
 from thinwire.wire.manifest import Manifest, ObjectRef
 from thinwire.wire.patch import Patch
+from thinwire.wire.skip import SKIPS_PREFIX
 
-__all__ = ["Fetched", "HostState", "fetch_path", "fetch_state", "snapshot_of"]
+__all__ = ["Fetched", "HostState", "Route", "fetch_path", "fetch_state", "snapshot_of"]
 
 Cells = npt.NDArray[np.unsignedinteger]
 
+_log = logging.getLogger(__name__)
 _MANY = 256  # with more versions than this between, only those from the newest anchor on are looked at
 
 
@@ -61,12 +67,82 @@ class Fetched:
     seconds: float
 
 
-def _look_back(remote: Remote, target: Manifest, have: int | None) -> None:
-    """Fetch the manifests that paths to ``target`` may lead over."""
-    first = target.anchor_version
-    if have is not None and have < target.version and target.version - have <= _MANY:
-        first = min(first, have)
-    remote.manifests(range(first, target.version))
+class Route:
+    """Finds the cheapest ways to ``target``, from ``have`` or from nothing, fetching the manifests it needs for that.
+
+    Where a listing shows skip deltas on the way, only the manifests of the versions that a sketch leads over are
+    fetched, else all between. ``by_skips`` False leaves skip deltas out.
+    """
+
+    def __init__(
+        self, remote: Remote, target: Manifest, *, have: int | None, have_state: str | None, by_skips: bool = True
+    ) -> None:
+        self.remote, self.target, self.have, self.have_state = remote, target, have, have_state
+        first = target.anchor_version
+        if have is not None and have < target.version:
+            first = max(first, have) if target.version - have == 1 else min(first, have)
+        self._first = first
+        far = by_skips and target.version - first > 1
+        self._hints = remote.skip_hints(first, target.version) if far else {}
+
+    def find(self, avoid: set[str]) -> Path:
+        """The cheapest way that leads over nothing in ``avoid``.
+
+        Raises:
+            NoPathError: there is none.
+            RetryError: the store does not answer.
+        """
+        hints = {pair: size for pair, (key, size) in self._hints.items() if not self._avoided(pair, key, avoid)}
+        if not all(key.startswith(SKIPS_PREFIX) for key in avoid):  # a delta is gone, too: look at all that there is
+            self._look_back()
+        while hints:
+            bad = self._follow(hints)
+            if not bad:
+                with suppress(NoPathError):
+                    return self._plan(avoid)
+                break
+            for pair in bad:
+                del hints[pair]
+        self._look_back()
+        while True:
+            try:
+                return self._plan(avoid)
+            except NoPathError:
+                if not _further_back(self.remote):
+                    raise
+
+    def _avoided(self, pair: tuple[int, int], key: str, avoid: set[str]) -> bool:
+        skip = self.remote.skips.get(pair)
+        return key in avoid or (skip is not None and skip.object.key in avoid)
+
+    def _plan(self, avoid: set[str]) -> Path:
+        skips = [self.remote.skips[pair] for pair in self._hints if pair in self.remote.skips]
+        return plan(
+            self.remote.chain.manifests, self.target.version,
+            have=self.have, have_state=self.have_state, avoid=avoid, skips=skips,
+        )  # fmt: skip
+
+    def _follow(self, hints: Mapping[tuple[int, int], int]) -> list[tuple[int, int]]:
+        """Fetch what the sketched way leads over; the skip deltas on it that are no good."""
+        target, have = self.target, self.have
+        self.remote.manifests([target.anchor_version])
+        anchor = self.remote.chain.manifests.get(target.anchor_version)
+        starts = {} if anchor is None else {anchor.version: anchor.anchor_bytes}
+        if have is not None and have <= target.version:
+            starts[have] = 0
+        single = min((delta.object.size for delta in target.deltas), default=0)
+        way = sketch(hints, target.version, starts=starts, single_bytes=single)
+        self.remote.manifests(way)
+        known = self.remote.chain.manifests
+        pairs = [pair for pair in pairwise(way) if pair in hints]
+        return [pair for pair in pairs if not set(pair) <= set(known) or self.remote.skip(*pair) is None]
+
+    def _look_back(self) -> None:
+        """Fetch all manifests that paths without skip deltas may lead over."""
+        first, have = self.target.anchor_version, self.have
+        if have is not None and have < self.target.version and self.target.version - have <= _MANY:
+            first = min(first, have)
+        self.remote.manifests(range(first, self.target.version))
 
 
 def _further_back(remote: Remote) -> bool:
@@ -83,23 +159,30 @@ def _further_back(remote: Remote) -> bool:
 
 
 def fetch_path(
-    remote: Remote, target: Manifest, *, have: int | None = None, have_state: str | None = None, avoid: set[str]
+    remote: Remote,
+    target: Manifest,
+    *,
+    have: int | None = None,
+    have_state: str | None = None,
+    avoid: set[str],
+    by_skips: bool = True,
+    route: Route | None = None,
 ) -> Fetched:
     """The objects of the cheapest path to ``target`` that is intact; keys of bad objects are added to ``avoid``.
+
+    ``route`` is one that was made for this target before.
 
     Raises:
         NoPathError: there is none.
         RetryError: the store does not answer.
     """
     began = time.perf_counter()
-    _look_back(remote, target, have)
+    route = route or Route(remote, target, have=have, have_state=have_state, by_skips=by_skips)
     bad: Exception | None = None
     while True:
         try:
-            path = plan(remote.chain.manifests, target.version, have=have, have_state=have_state, avoid=avoid)
+            path = route.find(avoid)
         except NoPathError as error:
-            if _further_back(remote):
-                continue
             raise (NoPathError(f"{error} (last damage seen: {bad})", **error.facts) if bad else error) from bad
         refs = [*path.anchor, *(hop.delta.object for hop in path.hops)]
 
@@ -108,6 +191,8 @@ def fetch_path(
                 return remote.fetch(ref, target.hash)
             except RefetchError as error:
                 avoid.add(ref.key)
+                if ref.key.startswith(SKIPS_PREFIX):
+                    _log.warning("a skip delta is not used: %s", error)
                 return error
 
         with ThreadPoolExecutor(min(remote.connections, max(len(refs), 1))) as pool:
@@ -144,9 +229,16 @@ def fetch_state(
             fetched = fetch_path(remote, target, avoid=avoid)
         try:
             return _build(fetched, target, threads, progress)
-        except (RefetchError, RebaseError, MalformedError):  # as published, and yet of no use: this way is out
-            avoid.update(ref.key for ref in fetched.path.anchor)
-            avoid.update(hop.delta.object.key for hop in fetched.path.hops)
+        except (RefetchError, RebaseError, RefuseError) as error:  # as published, and yet of no use: this way is out
+            skips = [hop.delta.object.key for hop in fetched.path.hops if hop.skip]
+            if skips:  # what manifests do not name is doubted first
+                _log.warning("skip deltas to version %d are not used: %s", target.version, error)
+                avoid.update(skips)
+            elif isinstance(error, UnsupportedError):
+                raise
+            else:
+                avoid.update(ref.key for ref in fetched.path.anchor)
+                avoid.update(hop.delta.object.key for hop in fetched.path.hops)
             fetched = None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -14,6 +15,8 @@ from thinwire.errors import (
     ObjectNotFoundError,
     RefetchError,
     RefuseError,
+    RetryError,
+    ThinwireError,
     UntrustedError,
 )
 from thinwire.stores.protocol import Get, List
@@ -21,6 +24,7 @@ from thinwire.sync.retrying import retrying
 from thinwire.wire import canonical
 from thinwire.wire.digests import hasher
 from thinwire.wire.manifest import Manifest, ObjectRef, manifest_key, version_of_key
+from thinwire.wire.skip import SKIP_BYTES_MAX, SKIPS_PREFIX, Skip, skip_key, skip_of_key
 from thinwire.wire.spec import MANIFEST_BYTES_MAX
 
 __all__ = ["HINT_KEY", "ReadableStore", "Remote", "hash_bytes", "hint_bytes"]
@@ -29,6 +33,7 @@ HINT_KEY = "latest.json"
 """Holds the newest version's number, to save a listing. It is a hint: what it says is never taken for true."""
 
 _AHEAD = 8
+_log = logging.getLogger(__name__)
 
 
 class ReadableStore(Get, List, Protocol):
@@ -63,6 +68,8 @@ class Remote:
         self.retry_s = retry_s
         self.connections = connections
         self.chain = TrustedChain(floor=floor)
+        self.skips: dict[tuple[int, int], Skip] = {}
+        self._bad_skips: set[tuple[int, int]] = set()
 
     def manifest(self, version: int) -> Manifest:
         """The manifest of ``version``, accepted by the chain.
@@ -98,6 +105,49 @@ class Remote:
                         self.chain.accept(data, version=version)
                     except RefuseError:
                         self.manifest(version)
+
+    def skip_hints(self, first: int, last: int) -> dict[tuple[int, int], tuple[str, int]]:
+        """What a listing shows of the skip deltas between the versions ``first`` and ``last``: key and bytes by (base,
+        version). Hints: none of it is believed. Empty where listing fails, for skip deltas are never needed."""
+        found: dict[tuple[int, int], tuple[str, int]] = {}
+        records: set[tuple[int, int]] = set()
+
+        def listing() -> None:
+            for info in self.store.list(SKIPS_PREFIX, start_after=f"{SKIPS_PREFIX}{first + 1:010d}"):
+                pair = skip_of_key(info.key)
+                if pair is not None and pair[1] > last:
+                    return
+                if pair is None or pair[0] < first or pair in self._bad_skips:
+                    continue
+                if info.key == skip_key(*pair):
+                    records.add(pair)
+                elif pair not in found or info.size < found[pair][1]:
+                    found[pair] = info.key, info.size
+
+        try:
+            retrying(listing, limit_s=self.retry_s)
+        except ThinwireError as error:
+            _log.warning("skip deltas cannot be listed, going without: %s", error)
+            return {}
+        return {pair: hint for pair, hint in found.items() if pair in records}
+
+    def skip(self, base: int, version: int) -> Skip | None:
+        """The skip delta from ``base`` to ``version``, whose manifests have been accepted; None, with a warning in the
+        log, if its record is missing, damaged, or contradicts them. It is then not asked for again."""
+        pair = base, version
+        if pair in self.skips or pair in self._bad_skips:
+            return self.skips.get(pair)
+        key = skip_key(base, version)
+        for last in (False, True):
+            try:
+                data = retrying(lambda: self.store.get(key, size_max=SKIP_BYTES_MAX), limit_s=self.retry_s)
+                self.skips[pair] = self.chain.accept_skip(data, base=base, version=version)
+                break
+            except (RefuseError, RefetchError, RetryError) as error:
+                if last:
+                    self._bad_skips.add(pair)
+                    _log.warning("the skip delta from version %d to %d is not used: %s", base, version, error)
+        return self.skips.get(pair)
 
     def newest(self) -> Manifest | None:
         """The store's newest version, or None if it has none.

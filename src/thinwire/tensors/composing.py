@@ -5,6 +5,8 @@ The readable version, over dictionaries, is in the tests, which require equality
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 from numba import njit
@@ -16,14 +18,16 @@ Positions = npt.NDArray[np.int64]
 
 
 @njit(nogil=True, cache=True, inline="always")
-def _signed(code):
+def _signed(code: Any) -> Any:
     """The step of a zigzag code."""
     wide = np.uint64(code)
     return np.int64(wide >> np.uint64(1)) ^ -np.int64(wide & np.uint64(1))
 
 
 @njit(nogil=True, cache=True)
-def _merge(first, first_codes, second, second_codes, absolute, spare, positions, codes):
+def _merge(
+    first: Any, first_codes: Any, second: Any, second_codes: Any, absolute: bool, spare: int, positions: Any, codes: Any
+) -> Any:
     a = b = found = 0
     while a < first.shape[0] or b < second.shape[0]:
         if b == second.shape[0] or (a < first.shape[0] and first[a] < second[b]):
