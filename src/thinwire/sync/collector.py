@@ -6,6 +6,8 @@ has slept since, and two parties would hold different versions under one number.
 What is never deleted either: objects of a version number without a manifest. They may belong to an upload under way, or
 to one whose publisher waits for the store to come back; they are dealt with once the chain has gone past that number.
 
+Skip deltas stay between versions that can still be reached. No kept version rests on one: paths are kept without them.
+
 ``collected.json`` remembers which versions were given up, so that :func:`expected_objects` can tell their objects from
 lost ones. It is written before anything is deleted. Run one collection at a time.
 """
@@ -23,8 +25,10 @@ from thinwire.errors import MalformedError, MisuseError, ObjectNotFoundError, Re
 from thinwire.stores.protocol import Delete, Get, List, ObjectInfo, Put
 from thinwire.sync.remote import Remote
 from thinwire.sync.retrying import retrying
+from thinwire.sync.skips import sort_skips
 from thinwire.wire import canonical
 from thinwire.wire.manifest import Manifest, ObjectRef, version_of_key
+from thinwire.wire.skip import SKIPS_PREFIX
 
 __all__ = [
     "COLLECTED_KEY",
@@ -156,6 +160,10 @@ def collect(
     useless = [info for info in listing if info.key not in retained.objects]
     doomed = [i for i in useless if i.modified_s <= now_s - grace_s and _version_of(i.key) in manifests]
     kept = [info for info in listing if info.key in retained.objects]
+    shortcuts = retrying(lambda: list(store.list(SKIPS_PREFIX)), limit_s=retry_s)
+    kept_skips, useless_skips = sort_skips(shortcuts, remote, (retained.versions | retained.manifests) - gone)
+    doomed += [info for info in useless_skips if info.modified_s <= now_s - grace_s]
+    useless, kept = useless + useless_skips, kept + kept_skips
     marker = Collected(max(manifests), retained.versions - gone)
     if doomed and not dry_run:
         data = canonical.dump({"format": _FORMAT, "kept": sorted(marker.kept), "newest": marker.newest})

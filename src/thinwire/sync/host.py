@@ -13,18 +13,18 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-from thinwire.chain.plan import Path, plan, sketch
+from thinwire.chain.plan import Hop, Path, plan, sketch
 from thinwire.errors import (
     DamagedObjectError,
+    MalformedError,
     NoPathError,
     ObjectNotFoundError,
     RebaseError,
     RefetchError,
     RefuseError,
-    UnsupportedError,
 )
 from thinwire.sync.anchor import read_shards
-from thinwire.sync.apply import apply_patch, tree_of
+from thinwire.sync.apply import ApplyReport, apply_patch, tree_of
 from thinwire.sync.encode import Progress, Snapshot, thread_count
 from thinwire.sync.layout import Layout
 from thinwire.sync.remote import Remote
@@ -229,17 +229,43 @@ def fetch_state(
             fetched = fetch_path(remote, target, avoid=avoid)
         try:
             return _build(fetched, target, threads, progress)
-        except (RefetchError, RebaseError, RefuseError) as error:  # as published, and yet of no use: this way is out
-            skips = [hop.delta.object.key for hop in fetched.path.hops if hop.skip]
-            if skips:  # what manifests do not name is doubted first
-                _log.warning("skip deltas to version %d are not used: %s", target.version, error)
-                avoid.update(skips)
-            elif isinstance(error, UnsupportedError):
-                raise
-            else:
-                avoid.update(ref.key for ref in fetched.path.anchor)
-                avoid.update(hop.delta.object.key for hop in fetched.path.hops)
+        except _BadSkipError as error:
+            avoid.add(error.key)
             fetched = None
+        except (RefetchError, RebaseError, MalformedError):  # as published, and yet of no use: this way is out
+            avoid.update(ref.key for ref in fetched.path.anchor)
+            avoid.update(hop.delta.object.key for hop in fetched.path.hops)
+            fetched = None
+
+
+class _BadSkipError(Exception):
+    """A skip delta does not do what its record says."""
+
+    def __init__(self, key: str) -> None:
+        super().__init__(key)
+        self.key = key
+
+
+def _patched(
+    hop: Hop,
+    data: bytes,
+    layouts: dict[str, Layout],
+    cells: dict[str, Cells],
+    aliases: Mapping[str, str],
+    threads: int,
+    progress: Progress | None,
+) -> ApplyReport:
+    """Apply one patch of a path. Raises _BadSkipError for a skip delta, whatever is wrong with it."""
+    try:
+        patch = Patch.parse(data)
+        if hop.skip and (patch.parent, patch.result) != (hop.delta.base_state, hop.state):
+            raise MalformedError("the patch leads elsewhere than its record says")
+        return apply_patch(patch, layouts, cells, aliases=aliases, threads=threads, progress=progress)
+    except (RefetchError, RebaseError, RefuseError) as error:
+        if not hop.skip:
+            raise
+        _log.warning("the skip delta to version %d is not used: %s", hop.version, error)
+        raise _BadSkipError(hop.delta.object.key) from error
 
 
 def _build(fetched: Fetched, target: Manifest, threads: int, progress: Progress | None) -> HostState:
@@ -260,8 +286,8 @@ def _build(fetched: Fetched, target: Manifest, threads: int, progress: Progress 
                 expected=target.state,
                 actual=digest,
             )
-    for data in fetched.patches:
-        report = apply_patch(Patch.parse(data), layouts, cells, aliases=aliases, threads=threads, progress=progress)
+    for hop, data in zip(fetched.path.hops, fetched.patches, strict=True):
+        report = _patched(hop, data, layouts, cells, aliases, threads, progress)
         aliases = dict(report.tree.aliases)
         digest = report.tree.digest
         for stage in ("decode", "apply", "verify"):

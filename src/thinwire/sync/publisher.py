@@ -26,6 +26,7 @@ from thinwire.errors import (
 from thinwire.stores import Store, open_store
 from thinwire.stores.probe import enforces_create
 from thinwire.sync.anchor import write_shards
+from thinwire.sync.compactor import BackgroundCompactor, CompactReport, compact
 from thinwire.sync.encode import Options, Progress, Snapshot, make_patch, take_snapshot
 from thinwire.sync.host import fetch_state, snapshot_of
 from thinwire.sync.layout import StateSource
@@ -74,6 +75,11 @@ class _Pending:
     report: PublishReport
     began: float
 
+    def delta(self) -> list[bytes | memoryview]:
+        """The patch, if it is not uploaded yet."""
+        keys = {delta.object.key for delta in self.manifest.deltas}
+        return next((buffers for ref, buffers in self.uploads if ref.key in keys), [])
+
 
 class Publisher:
     """Publishes versions of one model to a store, each as a patch against the one before.
@@ -93,6 +99,9 @@ class Publisher:
         shard_bytes_max: size of an anchor's files, which go up and come down several at once.
         threads: threads for diff, encoding and hashing; 0 means one a core.
         retry_s: how long one request is retried while the store fails.
+        skips: ``"ladder"`` writes skip deltas in the background, after a version is committed, so that who is far
+            behind catches up with few bytes; they cost more upload than the patches themselves. ``thinwire compact``
+            can write them anywhere else. See ``docs/skips.md``.
 
     One snapshot of the last published state is kept in host memory. A publisher that starts on a store with versions
     in it goes on from the newest one; its base is proved by digest, and no anchor is needed for that.
@@ -129,11 +138,14 @@ class Publisher:
         shard_bytes_max: int = 1 << 28,
         threads: int = 0,
         retry_s: float = 60.0,
+        skips: Literal["ladder"] | None = None,
     ) -> None:
         if hash not in HASHES:
             raise MisuseError(f"hash must be one of {', '.join(HASHES)}, not {hash!r}")
         if anchor_ratio <= 0 or (anchor_every is not None and anchor_every < 1) or shard_bytes_max < 1:
             raise MisuseError("anchor_ratio, anchor_every and shard_bytes_max must be positive")
+        if skips not in (None, "ladder"):
+            raise MisuseError(f"skips must be 'ladder' or None, not {skips!r}")
         self.store: Store = open_store(store) if isinstance(store, str) else store
         self.dtype, self.options, self.hash = dtype, Options(level, values, threads), hash
         self.anchor_ratio, self.anchor_every = anchor_ratio, anchor_every
@@ -147,6 +159,7 @@ class Publisher:
         self._background: Future[PublishReport] | None = None
         self._pool: ThreadPoolExecutor | None = None
         self._lock = threading.Lock()
+        self._skips = BackgroundCompactor(self.store, retry_s=retry_s, threads=threads) if skips else None
 
     @overload
     def publish(
@@ -208,11 +221,26 @@ class Publisher:
         with self._lock:
             return self._settle()
 
+    def compact(self) -> CompactReport:
+        """Write all skip deltas that the store lacks, now; see :func:`thinwire.sync.compactor.compact`.
+
+        Raises:
+            MisuseError: no version has been published.
+            RetryError: the store does not answer. What has been written stays; call it again.
+        """
+        with self._lock:
+            self._settle()
+            if self._skips is not None:
+                self._skips.wait()
+            return compact(self.store, retry_s=self.retry_s, threads=self.options.threads)
+
     def close(self) -> None:
-        """Wait for the version under way and stop the background thread."""
+        """Wait for the version under way and stop the background threads; skip deltas not begun are left out."""
         try:
             self.flush()
         finally:
+            if self._skips is not None:
+                self._skips.close()
             if self._pool is not None:
                 self._pool.shutdown(wait=True)
                 self._pool = None
@@ -372,6 +400,7 @@ class Publisher:
         pending = self._pending
         assert pending is not None
         start = time.perf_counter()
+        delta = [] if self._skips is None else pending.delta()
         self._upload(pending)
         uploaded = time.perf_counter()
         self._create_manifest(pending.manifest)
@@ -382,6 +411,8 @@ class Publisher:
         self._head, self._pending = manifest, None
         with suppress(RetryError):  # only a hint: readers manage without
             self.store.put(HINT_KEY, [hint_bytes(manifest.version)])
+        if self._skips is not None:
+            self._skips.published(manifest, delta)
         seconds = {
             **pending.report.seconds,
             "upload": uploaded - start,
