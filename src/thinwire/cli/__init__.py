@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 
+from thinwire.cli.compacting import compact
 from thinwire.cli.following import follow, pull
 from thinwire.cli.group import Commands
 from thinwire.cli.history import gc, log, verify
@@ -118,6 +119,11 @@ _add(
     "thinwire verify s3://bucket/run",
     "thinwire verify /shared/run --deep",
     "thinwire verify 101.patch --base step-100.safetensors",
+)
+_add(
+    compact,
+    "thinwire compact s3://bucket/run",
+    "thinwire compact /shared/run --dry-run --json",
 )
 _add(
     gc,
