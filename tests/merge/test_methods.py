@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from thinwire.errors import MisuseError
 from thinwire.merge import sparsify
-from thinwire.merge.combine import count_overlap
+from thinwire.merge.combine import Vector, count_overlap, reduce, reduce_in_turn
 from thinwire.merge.delta import TensorDelta, delta_between
 from thinwire.merge.methods import METHODS
 from thinwire.merge.methods.base import Task
@@ -177,6 +177,29 @@ def test_ramplus_of_one_tensor_is_ramplus_tl(problem: tuple) -> None:
     one, other = (merged_alone(deltas, recipe_of(name, len(deltas))) for name in ("ramplus", "ramplus_tl"))
     assert np.array_equal(one.positions, other.positions)
     assert np.array_equal(one.new, other.new)
+
+
+@given(
+    seed=st.integers(0, 10**6), tasks=st.integers(1, 6), size=st.sampled_from([1, 64, 1000, 65_536, 200_000]),
+    density=st.sampled_from([0.0, 0.001, 0.05, 1.0]), kind=st.sampled_from([np.float32, np.float64]),
+    vote=st.sampled_from(["all", "weighted", "total", "frequency"]),
+    divide=st.sampled_from(["nothing", "weights", "count", "weights_clamped"]),
+)  # fmt: skip
+@settings(max_examples=60)
+def test_sums_by_blocks_are_those_of_the_walk(
+    seed: int, tasks: int, size: int, density: float, kind: type, vote: str, divide: str
+) -> None:
+    source = np.random.default_rng(seed)
+    vectors = []
+    for _ in range(tasks):
+        positions = np.flatnonzero(source.random(size) < density).astype(np.int64)
+        values = source.normal(size=positions.size).astype(kind)
+        vectors.append(Vector(positions, values, source.integers(0, 99, positions.size).astype(np.uint16)))
+    weights = source.choice([0.0, 0.5, 1.0, -1.0], tasks).tolist()
+    one, other = (work(vectors, weights, vote=vote, divide=divide) for work in (reduce, reduce_in_turn))
+    assert np.array_equal(one.positions, other.positions)
+    assert np.array_equal(one.values.view(np.uint8), other.values.view(np.uint8))
+    assert np.array_equal(one.cells, other.cells)
 
 
 def test_density_counts_cells_of_the_dense_vector() -> None:

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import os
 import threading
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -91,23 +91,31 @@ def _readers(
 def merged_deltas(readers: Sequence[PatchReader], recipe: Recipe) -> Iterator[tuple[str, TensorDelta]]:
     """The merged delta of every tensor that a patch changes, one after another.
 
-    While one tensor is merged, the next is decoded, a patch a thread; so memory holds two tensors' changes, and of each
-    patch two segments.
+    Each thread decodes and merges a tensor, and one more is begun ahead; so memory holds a tensor's changes for each
+    thread and two more, and of each patch a segment for each thread and one more.
     """
     changed = {name for reader in readers for name in reader.changed}
-    with ThreadPoolExecutor(thread_count(0)) as pool, ThreadPoolExecutor(1) as ahead:
+    queue = [name for name in readers[0].names if name in changed] if readers else []
+    threads = thread_count(0)
 
-        def decode(name: str) -> list[TensorDelta]:
-            return list(pool.map(lambda reader: reader.delta(name), readers))
+    def decode(name: str, first: int = 0) -> list[TensorDelta]:
+        found = {i: readers[i].delta(name) for i in (*range(first, len(readers)), *range(first))}
+        return [found[i] for i in range(len(readers))]
 
-        queue = [name for name in readers[0].names if name in changed] if readers else []
-        recipe = surveyed(recipe, ((name, decode(name)) for name in queue))
-        following = ahead.submit(decode, queue[0]) if queue else None
-        for i, name in enumerate(queue):
-            assert following is not None
-            deltas = following.result()
-            following = ahead.submit(decode, queue[i + 1]) if i + 1 < len(queue) else None
-            yield name, merge_tensor(name, deltas, recipe)
+    recipe = surveyed(recipe, ((name, decode(name)) for name in queue))
+    with ThreadPoolExecutor(threads) as pool:
+
+        def merged(name: str, first: int) -> TensorDelta:
+            return merge_tensor(name, decode(name, first), recipe)
+
+        waiting: deque[tuple[str, Future[TensorDelta]]] = deque()
+        for i, name in enumerate(queue):  # tensors share segments: threads that began with one reader would wait for it
+            waiting.append((name, pool.submit(merged, name, i % threads * len(readers) // threads)))
+            if len(waiting) > threads:
+                first, found = waiting.popleft()
+                yield first, found.result()
+        for first, found in waiting:
+            yield first, found.result()
 
 
 class MergedSource:
@@ -239,7 +247,7 @@ def merge(
             trees[hash_name] = _leaves(source, hash_name, 0)[1].digest
         return trees[hash_name]
 
-    readers = _readers(parsed, source, digest)
+    readers = _readers(parsed, source, digest, threads=thread_count(0))
     found = {n: tensor_of(source.cells[n], x.dtype.name, x.shape) for n, x in source.layouts.items()}
     for name, delta in merged_deltas(readers, recipe):
         cells = source.cells[name].copy()
@@ -292,14 +300,16 @@ def open_readers(checkpoint: Checkpoint, patches: Sequence[PatchLike], *, thread
     Raises:
         WrongBaseError: a patch starts from another base; both digests are named.
     """
+    source = checkpoint.map()
     digests: dict[str, str] = {}
 
     def digest(wanted: str) -> str:
-        if wanted not in digests:
-            digests[wanted] = tree_of_checkpoint(checkpoint, hash_name=wanted, threads=threads).digest
+        if wanted not in digests:  # of the same mapping that is read afterwards: pages are touched once
+            digests[wanted] = _leaves(source, wanted, threads)[1].digest
         return digests[wanted]
 
-    return _readers([_parsed(patch) for patch in patches], checkpoint.map(), digest)
+    parsed = [_parsed(patch) for patch in patches]
+    return _readers(parsed, source, digest, threads=thread_count(threads))
 
 
 def overlap(readers: Sequence[PatchReader]) -> Iterator[tuple[str, int, Counts]]:

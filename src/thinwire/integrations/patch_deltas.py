@@ -19,12 +19,14 @@ from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from itertools import accumulate
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from thinwire.errors import MalformedError, MisuseError, WrongBaseError
+from thinwire.merge.blocks import gather_at
 from thinwire.merge.delta import TensorDelta, delta_of_cells
 from thinwire.sync.apply import check_fits
 from thinwire.sync.layout import Layout, MemorySource
@@ -124,8 +126,10 @@ class PatchReader:
             raise MisuseError(f"the patch knows no tensor {name!r}", tensor=name)
         row, start = self._rows[name]
         dtype, stop = dtype_of(row.dtype), start + row.cells
-        positions: list[npt.NDArray[np.int64]] = [np.empty(0, np.int64)]
-        news: list[Cells] = [np.empty(0, dtype.cells)]
+        kind = np.int32 if row.cells < 1 << 31 else np.int64
+        positions: list[npt.NDArray[Any]] = []
+        olds: list[Cells] = []
+        news: list[Cells] = []
         old = self.base.cells[name]
         starts = self._starts.get(row.dtype, [0])
         k = bisect_right(starts, start) - 1
@@ -133,13 +137,16 @@ class PatchReader:
             changes = self._decoded(self._segments[row.dtype][k])
             first, last = max(start, starts[k]), min(stop, starts[k + 1])  # of this tensor in this segment
             found, new = _cut(changes, first - starts[k], last - starts[k], old[first - start : last - start])
-            if isinstance(changes, Changes):
-                new = self._values(new, old[found + (first - start)], row.dtype)
-            positions.append(found + (first - start))
-            news.append(new)
+            shift = first - start if not isinstance(changes, Changes) else starts[k] - start
+            where, before = np.empty(found.size, kind), np.empty(found.size, dtype.cells)
+            gather_at(found, shift, old, where, before)
+            positions.append(where)
+            olds.append(before)
+            news.append(self._values(new, before, row.dtype) if isinstance(changes, Changes) else new)
             k += 1
-        where = np.concatenate(positions)
-        delta = delta_of_cells(row.dtype, row.shape, where, old[where], np.concatenate(news))
+        delta = delta_of_cells(
+            row.dtype, row.shape, _joined(positions, kind), _joined(olds, dtype.cells), _joined(news, dtype.cells)
+        )
         if delta.changed != row.changed:
             raise MalformedError(f"the table gives {name!r} {row.changed} changes, the segments {delta.changed}")
         return delta
@@ -180,11 +187,16 @@ class PatchReader:
         return pieces
 
 
-def _cut(changes: Changes | Cells, first: int, last: int, old: Cells) -> tuple[npt.NDArray[np.int64], Cells]:
-    """What lies in cells ``first`` to ``last`` of a segment: positions from ``first`` on, and codes (or new cells)."""
+def _joined(parts: list[npt.NDArray[Any]], kind: Any) -> npt.NDArray[Any]:
+    return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, kind), *parts])
+
+
+def _cut(changes: Changes | Cells, first: int, last: int, old: Cells) -> tuple[npt.NDArray[Any], Cells]:
+    """What lies in cells ``first`` to ``last`` of a segment: positions in it with codes, or, of a segment without
+    positions, positions from ``first`` on with new cells."""
     if isinstance(changes, Changes):
         ends = np.searchsorted(changes.positions, np.array([first, last], np.uint32))
-        return changes.positions[ends[0] : ends[1]].astype(np.int64) - first, changes.codes[ends[0] : ends[1]]
+        return changes.positions[ends[0] : ends[1]], changes.codes[ends[0] : ends[1]]
     part = changes[first:last]
     found = np.flatnonzero(part != old)
     return found, part[found]
