@@ -181,6 +181,18 @@ def test_compacting_again_or_after_being_stopped_goes_on(chain: tuple[MemoryStor
     advance(stopped, states, 3)
 
 
+def test_dense_skip_deltas_lead_from_anywhere_in_one_hop() -> None:
+    store = MemoryStore()
+    states = publish(store, 13)
+    report = compact(store, kind="dense", threads=1)
+    assert {(r.base, r.version) for r in report.written} == {
+        (v - span, v) for v in range(1, 14) for span in (2, 4, 8) if v > span
+    }
+    assert [advance(store, states, have).hops for have in (5, 9)] == [1, 1]
+    with pytest.raises(MisuseError, match="dense"):
+        compact(store, kind="all")
+
+
 def test_a_dry_run_tells_and_writes_nothing(chain: tuple[MemoryStore, list[State]]) -> None:
     store = MemoryStore()
     publish(store, 8)

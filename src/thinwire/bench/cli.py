@@ -17,6 +17,7 @@ from thinwire.bench.instruments_cli import instruments
 from thinwire.bench.merge_cli import merge
 from thinwire.bench.selection_cli import selection
 from thinwire.bench.signal_report import signal
+from thinwire.bench.skips_cli import skips
 from thinwire.bench.suite_cli import merge_suite
 from thinwire.bench.switch_cli import switch
 
@@ -31,6 +32,7 @@ app.command()(instruments)
 app.command()(merge)
 app.command()(selection)
 app.command()(signal)
+app.command()(skips)
 app.command()(switch)
 app.command("merge-suite")(merge_suite)
 

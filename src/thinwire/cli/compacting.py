@@ -21,6 +21,9 @@ RETRY_S = 30.0
 def compact(
     ctx: typer.Context,
     store: StoreArgument,
+    dense: Annotated[
+        bool, typer.Option("--dense", help="From 2, 4, ... 64 versions before every version: larger, and shorter ways.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Write nothing, only tell what would be.")] = False,
     threads: Threads = 0,
     as_json: Json = False,
@@ -37,8 +40,8 @@ def compact(
     opened = existing_store(store)
     with output.bars() as bars:
         report = compactor.compact(
-            watched(opened, bars), dry_run=dry_run, retry_s=RETRY_S, threads=threads,
-            progress=lambda done, total: bars("compact", done, total),
+            watched(opened, bars), kind="dense" if dense else "ladder", dry_run=dry_run,
+            retry_s=RETRY_S, threads=threads, progress=lambda done, total: bars("compact", done, total),
         )  # fmt: skip
     output.document({"store": opened.url, **asdict(report), "written_bytes": report.written_bytes})
     output.say(_text(report))

@@ -1,8 +1,10 @@
 """Skip deltas: written beside a chain by its publisher, or by anybody who may read the store and create objects in it.
 
 The *ladder*: version ``v`` gets a skip delta from ``v - s`` for every power of two ``s`` from 2 on that divides ``v``.
-Between any two versions then lies a way of at most ``2 log2(n)`` hops. Every rung is composed of the two rungs of half
-its span, so that no weights are needed where patches are coded without context (:mod:`thinwire.sync.compose`).
+Between any two versions then lies a way of at most ``2 log2(n)`` hops. *Dense*: every version gets skip deltas from
+2, 4, ... 64 versions before; one hop where the ladder needs several, for several times the bytes. Every rung is
+composed of the two rungs of half its span, so that no weights are needed where patches are coded without context
+(:mod:`thinwire.sync.compose`).
 
 Skip deltas are never needed: all of ``skips/`` may be deleted at any time. So nothing here is ever waited for, a
 rung that cannot be made is left out, and two compactors at once do no more harm than uploading some rungs twice.
@@ -38,9 +40,11 @@ from thinwire.wire.manifest import DeltaRef, Manifest, ObjectRef
 from thinwire.wire.patch import Patch
 from thinwire.wire.skip import Skip, skip_folder, skip_key
 
-__all__ = ["BackgroundCompactor", "CompactReport", "Compactor", "Rung", "compact", "ladder"]
+__all__ = ["LADDERS", "BackgroundCompactor", "CompactReport", "Compactor", "Rung", "compact", "ladder"]
 
 _log = logging.getLogger(__name__)
+LADDERS = ("ladder", "dense")
+_DENSE_SPAN_MAX = 64
 _BEHIND_MAX = 8  # versions whose rungs wait
 
 
@@ -48,14 +52,14 @@ class CompactableStore(Get, List, Create, Protocol):
     """What compacting needs."""
 
 
-def ladder(version: int) -> Iterator[int]:
+def ladder(version: int, kind: str = "ladder") -> Iterator[int]:
     """The versions from which ``version`` gets a skip delta, the nearest first.
 
-    >>> list(ladder(12)), list(ladder(16)), list(ladder(7))
-    ([10, 8], [14, 12, 8], [])
+    >>> list(ladder(12)), list(ladder(16)), list(ladder(7)), list(ladder(7, "dense"))
+    ([10, 8], [14, 12, 8], [], [5, 3])
     """
     span = 2
-    while version % span == 0 and version > span:
+    while version > span and (span <= _DENSE_SPAN_MAX if kind == "dense" else version % span == 0):
         yield version - span
         span *= 2
 
@@ -316,19 +320,20 @@ class BackgroundCompactor:
 def compact(
     store: CompactableStore,
     *,
+    kind: str = "ladder",
     dry_run: bool = False,
     retry_s: float = 60.0,
     threads: int = 0,
     level: str = "small",
     progress: Callable[[int, int], None] | None = None,
 ) -> CompactReport:
-    """Write the rungs of the ladder that a store lacks, in order of the versions that they lead to.
+    """Write the rungs that a store lacks, in order of the versions that they lead to; ``kind`` is one of LADDERS.
 
     A rung is left out if the ways there are cost no more, or if a patch on the way is gone (a collection has given it
     up). Being stopped loses nothing: the next call goes on.
 
     Raises:
-        MisuseError: no versions.
+        MisuseError: no versions, or another kind.
         RefuseError, ObjectNotFoundError: a manifest is damaged or cannot be read.
         RetryError: the store does not answer; run it again.
 
@@ -345,13 +350,15 @@ def compact(
     >>> compact(store).kept
     1
     """
+    if kind not in LADDERS:
+        raise MisuseError(f"skip deltas come as {' or '.join(LADDERS)}, not as {kind!r}")
     compactor = Compactor(store, retry_s=retry_s, threads=threads, level=level)
     manifests = all_manifests(compactor.remote)
     newest = max(manifests)
     there = compactor.remote.skip_hints(1, newest)
     objects = {info.key for info in retrying(lambda: list(store.list("objects/")), limit_s=retry_s)}
     steps = {v for v, m in manifests.items() if any(d.base == v - 1 and d.object.key in objects for d in m.deltas)}
-    missing = [Rung(b, v) for v in sorted(manifests) for b in ladder(v) if b in manifests and (b, v) not in there]
+    missing = [Rung(b, v) for v in sorted(manifests) for b in ladder(v, kind) if b in manifests and (b, v) not in there]
     possible = [rung for rung in missing if _can_be_made(rung.base, rung.version, steps, set(there))]
     if dry_run:
         out = tuple(rung for rung in missing if rung not in set(possible))
