@@ -447,6 +447,26 @@ def test_all_skip_deltas_bad_or_gone_is_as_if_there_were_none(chain: tuple[Memor
     assert advance(store, states, 2).hops == 16
 
 
+def test_compacting_on_a_bad_skip_delta_goes_back_to_its_parts(chain: tuple[MemoryStore, list[State]]) -> None:
+    def huge(patch: Patch) -> Patch:
+        rows = [replace(row, shape=(1 << 30,)) if row.name == "w" else row for row in patch.rows]
+        segment = next(k for k, row in enumerate(patch.segment_rows) if row.dtype == "BF16")
+        segments = list(patch.segment_rows)
+        segments[segment] = replace(segments[segment], cells=1 << 26)
+        rest = [replace(segments[segment], changed=0, size=0)] * 15
+        return replace(
+            patch, rows=tuple(rows), segment_rows=(*segments, *rest), segments=[*patch.segments, *[b""] * 15]
+        )
+
+    for change in (huge, without_b, lambda patch: replace(patch, result="ab" * 32)):
+        store, states = copy_of(chain[0]), chain[1]
+        for key in keys(store, skip_folder(8, 16)) | {skip_key(8, 16)}:
+            store.delete(key)
+        poison(store, record_of(store, 8, 12), change)
+        assert [(r.base, r.version) for r in compact(store, threads=1).written] == [(8, 16)]
+        assert advance(store, states, 8).hops == 2
+
+
 def test_a_listing_that_fails_is_gone_without(
     chain: tuple[MemoryStore, list[State]], caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -245,7 +245,9 @@ class Compactor:
         except (RefetchError, RefuseError) as error:
             _log.warning("the skip delta from version %d to %d is not used: %s", base, version, error)
             return None
-        return patch if (patch.parent, patch.result) == (skip.base_state, skip.state) else None
+        elements = self.remote.manifest(version).facts.get("elements", patch.cells)
+        fits = (patch.parent, patch.result, patch.cells) == (skip.base_state, skip.state, elements)
+        return patch if fits else None  # one of other sizes could ask for any amount of memory
 
     def _single(self, version: int) -> Patch:
         manifest = self.remote.manifest(version)
