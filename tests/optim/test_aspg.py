@@ -75,8 +75,9 @@ def test_the_set_is_the_oracles(data: st.DataObject) -> None:
     k = data.draw(st.integers(1, max(1, sum(sizes))))
     flat = [(-s, not held, t, i) for t, part in enumerate(scores) for s, held, i in part if held or s > 0]
     want = {(t, i) for _, _, t, i in sorted(flat)[:k]}
-    found = set()
-    for t, (stay, new) in enumerate(choose(grads, active, k)):
+    found, chosen = set(), choose(grads, active, k)
+    assert chosen is not None
+    for t, (stay, new) in enumerate(chosen):
         found |= {(t, int(i)) for i in active[t].positions[stay]} | {(t, int(i)) for i in new}
     assert found == want
 

@@ -172,9 +172,6 @@ class ASPG(Optimizer):
 
     def _refresh(self, group: dict[str, Any], work: list[Work]) -> list[Work]:
         gradients = [gradient for _, _, gradient, _ in work]
-        for gradient in gradients:
-            if gradient.numel() and not bool(gradient.float().abs().max() < float("inf")):
-                raise RefuseError("a gradient is infinite or NaN; nothing was changed. Skip this step, or clip before")
         if group["density"] == 1:
             return [self._moved(group, item, *_everything(item)) for item in work]
         k = max(1, round(group["density"] * sum(g.numel() for g in gradients)))
@@ -182,6 +179,8 @@ class ASPG(Optimizer):
             return [self._moved(group, item, *_everything(item)) for item in work]
         active = [Active(s["positions"], self._importance(group, s) * group["stickiness"]) for *_, s in work]
         chosen = choose(gradients, active, k)
+        if chosen is None:
+            raise RefuseError("a gradient is infinite or NaN; nothing was changed. Skip this step, or clip before")
         return [self._moved(group, item, stay, new) for item, (stay, new) in zip(work, chosen, strict=True)]
 
     def _importance(self, group: dict[str, Any], state: State) -> torch.Tensor:

@@ -17,6 +17,7 @@ __all__ = ["BF16", "F16", "F32", "adam", "gather", "sgd", "tally"]
 
 F32, BF16, F16 = 0, 1, 2
 _AHEAD = 64
+_BLOCK = 512
 
 
 @njit(nogil=True, cache=True, inline="always")
@@ -99,21 +100,29 @@ def adam(
 ):  # fmt: skip
     """``numbers`` is float32: 1 - beta1, beta2, 1 - beta2, eps, decay."""
     rest1, beta2, rest2, eps, decay = numbers[0], numbers[1], numbers[2], numbers[3], numbers[4]
-    last, oldest, held = positions.shape[0] - 1, rates.shape[0] - 1, masters.shape[0] > 0
-    for j in range(positions.shape[0]):
-        prefetch(cells, np.int64(positions[min(j + _AHEAD, last)]))
-        i = np.int64(positions[j])
-        g = -gradient[j] if maximize else gradient[j]
-        age = min(now - np.int64(entered[j]) + 1, oldest)
-        w = (masters[j] if held else _load(cells, i, kind)) * decay
-        mj = _fused(rest1, g - m[j], m[j])
-        vj = _fused(rest2 * g, g, v[j] * beta2)
-        m[j] = mj
-        v[j] = vj
-        new = w + (-rates[age] * mj) / (np.sqrt(vj) / corrections[age] + eps)
-        _store(cells, i, new, kind)
-        if held:
-            masters[j] = new
+    count, oldest, held = positions.shape[0], rates.shape[0] - 1, masters.shape[0] > 0
+    w, rate, below = np.empty(_BLOCK, np.float32), np.empty(_BLOCK, np.float32), np.empty(_BLOCK, np.float32)
+    sign = np.float32(-1) if maximize else np.float32(1)
+    for start in range(0, count, _BLOCK):
+        size = min(_BLOCK, count - start)
+        for j in range(size):
+            prefetch(cells, np.int64(positions[min(start + j + _AHEAD, count - 1)]))
+            age = min(now - np.int64(entered[start + j]) + 1, oldest)
+            w[j] = masters[start + j] if held else _load(cells, np.int64(positions[start + j]), kind)
+            rate[j] = -rates[age]
+            below[j] = corrections[age]
+        g, mb, vb = gradient[start : start + size], m[start : start + size], v[start : start + size]
+        for j in range(size):  # nothing but arithmetic, for the processor's vectors
+            x = sign * g[j]
+            mj = _fused(rest1, x - mb[j], mb[j])
+            vj = _fused(rest2 * x, x, vb[j] * beta2)
+            mb[j] = mj
+            vb[j] = vj
+            w[j] = w[j] * decay + (rate[j] * mj) / (np.sqrt(vj) / below[j] + eps)
+        for j in range(size):
+            _store(cells, np.int64(positions[start + j]), w[j], kind)
+            if held:
+                masters[start + j] = w[j]
 
 
 @njit(nogil=True, cache=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isnan
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from thinwire.tensors.select import at_least, top_k
 __all__ = ["Active", "choose", "merged"]
 
 _TINY = 1.401298464324817e-45  # the smallest magnitude that is not zero
+_INFINITE = 0x7F80  # the leading bits of infinity; those of NaN are as large or larger
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,19 +40,26 @@ def _member(of: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
 
 
 def _bound(gradients: Sequence[torch.Tensor], wanted: int) -> float:
-    """A magnitude that at least ``wanted`` cells of all gradients reach, or the smallest there is."""
+    """A magnitude that at least ``wanted`` cells of all gradients reach, or the smallest there is; NaN where any cell
+    is infinite or NaN."""
     counts = np.sum([histogram(g) for g in gradients], 0)
+    if counts[_INFINITE:].any():
+        return float("nan")
     from_top = counts[::-1].cumsum()
     steps = int(np.searchsorted(from_top, wanted))
     found = float(np.uint32(max(0, (1 << 15) - 1 - steps) << 16).view(np.float32))
-    return max(found, _TINY) if np.isfinite(found) else _TINY
+    return max(found, _TINY)
 
 
-def choose(gradients: Sequence[torch.Tensor], active: Sequence[Active], k: int) -> list[tuple[torch.Tensor, ...]]:
+def choose(
+    gradients: Sequence[torch.Tensor], active: Sequence[Active], k: int
+) -> list[tuple[torch.Tensor, torch.Tensor]] | None:
     """For each tensor, a mask [active] of the cells that stay and sorted positions int32 [new] of those that enter.
 
     Together they are the ``k`` cells of largest importance in all tensors; ties go to cells that are active, then to
-    the first tensor's lowest position. Gradients are finite, flat, of float32, bfloat16 or float16.
+    the first tensor's lowest position. None, if any gradient is infinite or NaN.
+
+    Gradients are flat, of float32, bfloat16 or float16.
 
     >>> grads = [torch.tensor([0.0, 3.0, 1.0]), torch.tensor([2.0, 0.0])]
     >>> none = Active(torch.empty(0, dtype=torch.int32), torch.empty(0))
@@ -58,7 +67,9 @@ def choose(gradients: Sequence[torch.Tensor], active: Sequence[Active], k: int) 
     [([], [1]), ([], [0])]
     """
     held = sum(a.positions.numel() for a in active)
-    bound = _bound(gradients, k + held) if gradients and k else _TINY
+    bound = _bound(gradients, k + held)
+    if isnan(bound):
+        return None
     scores: list[torch.Tensor] = [a.importance for a in active]
     entrants = []
     for gradient, now in zip(gradients, active, strict=True):
