@@ -1,5 +1,6 @@
 """Optimisers that step few cells: time and memory follow the active ones, not all."""
 
 from thinwire.optim.aspg import ASPG
+from thinwire.optim.momentum_guided import MomentumGuided
 
-__all__ = ["ASPG"]
+__all__ = ["ASPG", "MomentumGuided"]
