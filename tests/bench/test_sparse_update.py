@@ -53,3 +53,15 @@ def test_the_command_writes_rows(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, [*words, str(tmp_path / "rows.jsonl")])
     assert done.exit_code == 0, done.output
     assert json.loads((tmp_path / "rows.jsonl").read_text())["active"] == 250
+
+
+def test_the_figures_in_the_docs_are_those_of_the_rows() -> None:
+    root = Path(__file__).resolve().parents[2]
+    text = (root / "docs" / "optim.md").read_text()
+    for line in (root / "bench" / "results" / "sparse-update-100m.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        times = [
+            f"{1000 * row['best_s'][n]:.3g} ({1000 * row['median_s'][n]:.3g})" for n in ("dense", "step", "refresh")
+        ]
+        faster = f"{row['times_faster']['best']:.1f} ({row['times_faster']['median']:.1f})"
+        assert " | ".join([f"| {row['density']:.1%}", *times, faster]) in text
