@@ -80,3 +80,17 @@ def test_the_command_writes_rows_and_simulates_anew_from_them(tmp_path: Path) ->
     assert [row for row in again if not row["simulated"]] == json.loads(json.dumps(rows))
     assert (tmp_path / "skips.png").exists()
     thinwire("bench", "skips", "--model", "huge", code=2)
+
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize("name", ["tiny", "nano"])
+def test_the_figures_in_the_docs_are_those_of_the_rows(name: str) -> None:
+    kept = [json.loads(line) for line in (ROOT / "bench" / "results" / f"skips-{name}.jsonl").read_text().splitlines()]
+    text = (ROOT / "docs" / "skips.md").read_text()
+    assert name == "nano" or skips_markdown(kept) in text
+    assert all(row["digest_equal"] for row in kept if row["kind"] == "followed")
+    for ladder in ("ladder", "dense"):
+        (row,) = [r for r in kept if r["kind"] == "behind" and r["ladder"] == ladder and r["behind"] == 32]
+        assert f"1/{1 / row['share_worst']:.1f}" in text
