@@ -2,5 +2,6 @@
 
 from thinwire.optim.aspg import ASPG
 from thinwire.optim.momentum_guided import MomentumGuided
+from thinwire.optim.schedules import CosineDensity, PlateauDensity
 
-__all__ = ["ASPG", "MomentumGuided"]
+__all__ = ["ASPG", "CosineDensity", "MomentumGuided", "PlateauDensity"]
