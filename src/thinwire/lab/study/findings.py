@@ -17,7 +17,7 @@ import numpy as np
 
 from thinwire.lab.study.matrix import LEVELS, Run
 from thinwire.lab.study.statistics import Estimate, correlation, friedman, mean_of
-from thinwire.lab.study.summary import Summary
+from thinwire.lab.study.summary import QUARTERS, Summary
 
 __all__ = ["Finding", "Line", "answers", "per_cent", "select"]
 
@@ -161,6 +161,8 @@ def _learning_or_rounding(table: _Table) -> Finding:
     excess = table.mean(_excess)
     if rl is None or excess is None:
         return Finding("rounding", "", "undecided", "The study has no such runs.")
+    if not rl.value:
+        return Finding("rounding", "", "undecided", "RL changed no weight.")
     size = max(abs(excess.low), abs(excess.high)) / rl.value
     return Finding(
         "rounding", "in RL, how many weights change follows from rounding alone, to a tenth of it",
@@ -196,7 +198,7 @@ def _sparser_with_time(table: _Table) -> Finding:
     lines, raw = [], []
     for objective in ("rl", "sft", "pretrain"):
         runs = table.seeds(objective=objective)
-        if not runs:
+        if not runs or any(None in run["quarters"] for run in runs.values()):  # runs of less than four steps
             continue
         change = mean_of([run["quarters"][-1][0] - run["quarters"][0][0] for run in runs.values()])
         null = mean_of([run["quarters"][-1][1] - run["quarters"][0][1] for run in runs.values()])
@@ -237,7 +239,7 @@ def _predicts_convergence(table: _Table) -> Finding:
     groups: dict[tuple[Any, ...], list[Summary]] = {}
     for axes, runs in table.conditions():
         plain = axes["control"] == "none" and axes["enforce"] == "none" and axes["weights"] != "fp32"
-        if plain and axes["objective"] == "rl":
+        if plain and axes["objective"] == "rl" and axes["steps"] >= QUARTERS:
             groups[tuple(axes.values())] = list(runs.values())
     early = [[run["quarters"][0][0] for run in runs] for runs in groups.values()]
     gains = [[run["gain"] for run in runs] for runs in groups.values()]

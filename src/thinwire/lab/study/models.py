@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from thinwire.errors import MisuseError
 from thinwire.lab.reasoning import ALPHABET, SHORT, ReasoningGym
 from thinwire.lab.recipes import Recipe
+from thinwire.lab.rollouts import Tokenizer
 from thinwire.lab.study.matrix import Run, Study
 from thinwire.lab.study.rewards import Rewarded
 from thinwire.lab.tasks import CharTokenizer, SortDigits, Task
@@ -35,21 +36,23 @@ def is_made_here(size: Mapping[str, Any]) -> bool:
     return "model" not in size
 
 
-def task_of(name: str, settings: Mapping[str, Any], *, short: bool) -> Task:
-    """The task of a study; right answers are worth 1, all others 0.
+def task_of(name: str, settings: Mapping[str, Any], *, short: bool, talks: bool = False) -> Task:
+    """The task of a study; right answers are worth 1, all others 0. Of a model that ``talks``, a short question is
+    answered by the first number it says.
 
     Raises:
         MisuseError: there is no such task, or reasoning-gym is not installed.
     """
     task = SortDigits(**settings) if name == "sort_digits" else ReasoningGym(name, short=short, **settings)
-    return Rewarded(task, "exact", unique=short or name == "sort_digits")
+    letter = "number" if talks else "letter"
+    return Rewarded(task, "exact", letter if short or name == "sort_digits" else "scorer")
 
 
 def recipe_for(study: Study, run: Run, *, lr: float = 0.0) -> Recipe:
     """What ``run`` trains: model, task, tokenizer, batch sizes."""
     size = study.sizes[run.size]
     made_here = is_made_here(size)
-    task = task_of(run.task, study.tasks[run.task], short=made_here or run.task in SHORT)
+    task = task_of(run.task, study.tasks[run.task], short=made_here or run.task in SHORT, talks=not made_here)
     common: dict[str, Any] = {
         "task": task, "group": 8, "batches": 1, "lr": lr, "steps_max": run.steps, "seconds": 1e9,
         "evaluation_samples": 1,
@@ -92,12 +95,25 @@ class _HubTokenizer:
         return str(self._tokenizer.decode(answer[: answer.index(self.end)] if self.end in answer else answer)).strip()
 
 
+class _Asked:
+    """A tokenizer whose template has the equals sign that short questions end with."""
+
+    def __init__(self, inner: Tokenizer) -> None:
+        self._inner, self.end, self.pad = inner, inner.end, inner.pad
+
+    def encode(self, text: str) -> list[int]:
+        return self._inner.encode(text.removesuffix("="))
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return self._inner.decode(tokens)
+
+
 def _pretrained(model: str) -> tuple[Any, Callable[[int], Any]]:
     from thinwire.lab.smollm2 import smollm2, smollm2_tokenizer
 
     if model == "smollm2":
-        template = "<|im_start|>user\nWhat is {}?<|im_end|>\n<|im_start|>assistant\n{}"  # it only has to go on
-        return smollm2_tokenizer(template), lambda _seed: smollm2(torch.float32)
+        template = "<|im_start|>user\nWhat is {}?<|im_end|>\n<|im_start|>assistant\n{} ="  # it only has to go on
+        return _Asked(smollm2_tokenizer(template)), lambda _seed: smollm2(torch.float32)
     if not model.startswith("hub:"):
         raise MisuseError(f"there is no model {model[:60]!r}; write smollm2, or hub:NAME")
 
