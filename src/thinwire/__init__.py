@@ -13,7 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from thinwire import merge
+    from thinwire import merge, optim
     from thinwire.errors import ThinwireError
     from thinwire.integrations.router import SparseTaskRouter
     from thinwire.probe.tracker import SparsityTracker
@@ -34,6 +34,7 @@ __all__ = [
     "__version__",
     "merge",
     "open_store",
+    "optim",
 ]
 
 _HOMES = {
@@ -50,8 +51,8 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:  # torch and numba are imported when they are first needed
-    if name == "merge":
-        return import_module("thinwire.merge")
+    if name in ("merge", "optim"):
+        return import_module(f"thinwire.{name}")
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'thinwire' has no attribute {name!r}")
