@@ -78,6 +78,11 @@ def _start_worker(parent: int) -> None:
     import torch
 
     torch.set_num_threads(1)
+    with suppress(ImportError):
+        from transformers.utils import logging
+
+        silence: Any = logging.disable_progress_bar
+        silence()  # the owner has a bar for all
 
 
 def _make_start(study: Study, run: Run, out: Path) -> None:
