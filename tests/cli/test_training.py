@@ -96,7 +96,9 @@ def test_the_configs_of_language_models_are_read(path: Path) -> None:
     assert (config.corruption == "none") == ("corrupted" not in path.name)
 
 
-@pytest.mark.parametrize("path", [x for x in CONFIGS if not x.name.startswith(("lm", "study"))], ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path", [x for x in CONFIGS if not x.name.startswith(("lm", "study"))], ids=lambda path: path.name
+)
 def test_the_configs_that_come_with_it_are_read(path: Path) -> None:
     config = from_yaml(VisionConfig, path, {})
     assert (config.data, config.model, config.workers) == ("cifar10", "resnet18", 4)
