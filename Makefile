@@ -91,8 +91,8 @@ bench-merge-suite: $(VENV)/.dev ## four small tasks: experts, every merge method
 study: $(VENV)/.dev ## 305 small runs: which weights move, and why; results in OUT=study
 	$(PYTHON) -m thinwire study sparsity --config configs/study.yaml -o $(or $(OUT),study)
 
-study-smollm2: $(VENV)/.dev $(VENV)/.smollm2 ## the same of SmolLM2-135M; hours on two cores
-	$(PYTHON) -m thinwire study sparsity --config configs/study-smollm2.yaml -o $(or $(OUT),study-smollm2) --jobs 1
+study-smollm2: $(VENV)/.dev $(VENV)/.smollm2 ## the same of SmolLM2-135M; half an hour on two cores
+	$(PYTHON) -m thinwire study sparsity --config configs/study-smollm2.yaml -o $(or $(OUT),study-smollm2) --jobs 2
 
 clean: ## remove what make and the tools have made
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -12,9 +12,16 @@ from thinwire.errors import MisuseError
 from thinwire.lab.study.figures import FIGURES, estimate_text
 from thinwire.lab.study.findings import Finding
 from thinwire.lab.study.matrix import LEVELS
+from thinwire.lab.study.statistics import mean_of
 from thinwire.lab.study.summary import Summary
 
-__all__ = ["findings_markdown", "prediction_markdown", "sharpness_markdown", "write_page"]
+__all__ = [
+    "conditions_markdown",
+    "findings_markdown",
+    "prediction_markdown",
+    "sharpness_markdown",
+    "write_page",
+]
 
 _SIGNS = {"supported": "supported", "refuted": "**refuted**", "undecided": "undecided"}
 
@@ -144,4 +151,18 @@ def prediction_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
         by = {row["setting"]: row for row in rows if row["predictor"] == name}
         cells = [f"{by[s]['average_precision']:.3f} ({by[s]['base_rate']:.3f})" if s in by else "" for s in settings]
         lines.append("| " + " | ".join([name, *cells]) + " |")
+    return "\n".join(lines)
+
+
+def conditions_markdown(summaries: Sequence[Summary], names: Mapping[tuple[str, str], str]) -> str:
+    """What changed in a step in each condition, by its objective and control: observed, null, and the difference."""
+    lines = ["| | changed in a step | null | beyond it | seeds |", "|---|---:|---:|---:|---:|"]
+    for (objective, control), title in names.items():
+        shares = [s["shares"]["1"] for s in summaries if (s["objective"], s["control"]) == (objective, control)]
+        if not shares:
+            continue
+        beyond = mean_of([observed - null for observed, null in shares])
+        observed, null = (mean_of([share[side] for share in shares]) for side in (0, 1))
+        cells = [estimate_text(one, "%") for one in (observed, null, beyond)]
+        lines.append("| " + " | ".join([title, *cells, str(len(shares))]) + " |")
     return "\n".join(lines)
