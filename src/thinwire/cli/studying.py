@@ -168,6 +168,7 @@ def _report(study: Study, out: Path) -> tuple[dict[str, int], list[Finding]]:
     from thinwire.lab.study.execute import read_records
     from thinwire.lab.study.figures import draw_all
     from thinwire.lab.study.findings import answers
+    from thinwire.lab.study.overlap import add_overlaps
     from thinwire.lab.study.report import findings_markdown, write_page
     from thinwire.lab.study.summary import summary_of, write_summaries
     from thinwire.lab.study.table import write_table
@@ -177,8 +178,9 @@ def _report(study: Study, out: Path) -> tuple[dict[str, int], list[Finding]]:
         raise MisuseError(f"{out} holds no run of this study; leave --report-only out to make them")
     rows = write_table(records, out / "runs.parquet")
     summaries = [summary_of(record) for record in records]
-    write_summaries(summaries, out / "summaries.jsonl")
     centre = asdict(study.centre)
+    add_overlaps(summaries, out, centre)
+    write_summaries(summaries, out / "summaries.jsonl")
     findings = answers(summaries, centre)
     pictures = draw_all(summaries, centre, out / "figures")
     (out / "findings.md").write_text(findings_markdown(findings))

@@ -101,6 +101,48 @@ def test_density_that_goes_with_the_gain_is_found_within_conditions() -> None:
     assert by_name(made_up(learning))["convergence"].verdict == "undecided"
 
 
+def overlapping(rl: float, noise: float) -> list[Summary]:
+    """Five seeds of two RL runs and one of random gradients, with the overlaps that are asked for."""
+    summaries = []
+    for seed in range(5):
+        rows = {run: made_up(learning, seeds=1)[0] | asdict(run) for run in (
+            Run(seed=seed), Run(seed=seed, repeat=1), Run(seed=seed, control="random"))}  # fmt: skip
+        one = next(iter(rows.values()))
+        one["overlaps"] = [
+            {"axis": axis, "with": other, "step": [0.2, 0.1], "whole": [value + 0.001 * seed, 0.1]}
+            for axis, other, value in (("repeat", 1, rl), ("control", "random", noise))
+        ]
+        summaries += rows.values()
+    return summaries
+
+
+def test_a_subnetwork_of_its_own_is_more_overlap_than_with_random_gradients() -> None:
+    own, rounding, less = (by_name(overlapping(rl, 0.4))["overlap"] for rl in (0.6, 0.4, 0.3))
+    assert (own.verdict, rounding.verdict, less.verdict) == ("supported", "undecided", "refuted")
+    assert own.lines[0].estimate.value == pytest.approx(0.2)
+    labels = [line.label for line in own.lines]
+    assert "chance, the whole run" in labels
+    assert "rl: random gradients instead, one step" in labels
+    assert "overlap" not in by_name(made_up(learning))
+
+
+def test_curvature_that_goes_with_density_is_found() -> None:
+    summaries = made_up(learning)
+    for summary in summaries:
+        sharp = summary["shares"]["1"][0]
+        summary["curvature"] = [
+            dict.fromkeys(("hessian_trace", "hessian_largest", "fisher_trace", "fisher_largest"), value)
+            for value in (sharp, 2 * sharp)
+        ]
+    assert by_name(summaries)["curvature"].verdict == "supported"
+    for summary in summaries:
+        summary["curvature"][0] = {name: -value for name, value in summary["curvature"][0].items()}
+    found = by_name(summaries)["curvature"]
+    assert found.verdict == "refuted"
+    assert "rl: trace of the objective's Hessian after" in [line.label for line in found.lines]
+    assert "curvature" not in by_name(made_up(learning))
+
+
 def test_a_study_of_a_few_runs_answers_what_it_can(tmp_path: Path) -> None:
     few = [
         s for s in made_up(learning) if s["objective"] == "rl" and s["control"] == "none" and s["optimiser"] == "adamw"

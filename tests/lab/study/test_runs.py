@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -21,11 +21,13 @@ from thinwire.lab.reasoning import SHORT, GymProblem, ReasoningGym
 from thinwire.lab.study.execute import pending, read_records, run_study
 from thinwire.lab.study.matrix import Study, study_of
 from thinwire.lab.study.models import recipe_for, start_of
+from thinwire.lab.study.overlap import add_overlaps, masks_file
 from thinwire.lab.study.rewards import Rewarded
 from thinwire.lab.study.stepping import Stepper, optimiser_of
 from thinwire.lab.study.summary import read_summaries, summary_of, write_summaries
 from thinwire.lab.study.train import LAGS, train
 from thinwire.lab.tasks import Problem, SortDigits
+from thinwire.probe.frequency import load_masks, positions_in
 
 SMALL = {
     "centre": {"size": "small", "task": "sort_digits", "steps": 8, "objective": "pretrain"},
@@ -73,6 +75,51 @@ def test_a_start_is_made_once_and_is_the_same_for_all_but_pretraining(study: Stu
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(one.parameters(), fresh.parameters(), strict=True))
     assert recipe_for(study, rl).task.reward(Problem("21>", "12"), "12") == 1.0
+
+
+def test_masks_say_which_weights_changed_and_overlaps_are_counted(tmp_path: Path) -> None:
+    centre = SMALL["centre"] | {"objective": "sft", "lr": "high"}  # type: ignore[operator]
+    study = study_of(SMALL | {"centre": centre, "vary": [{}, {"repeat": 1}, {"control": "random"}]})
+    assert not run_study(study, tmp_path, jobs=1)
+    summaries = [summary_of(record) for record in read_records(study, tmp_path)]
+    add_overlaps(summaries, tmp_path, asdict(study.centre))
+    pairs = [(pair["axis"], pair["with"]) for pair in summaries[0]["overlaps"]]
+    assert pairs == [("repeat", 1), ("control", "random")]
+    assert summaries[1]["overlaps"] == summaries[2]["overlaps"] == []  # they differ in two axes
+    masks = [load_masks(masks_file(tmp_path, s["id"])) for s in summaries]
+    last = {name: [set(positions_in(*m[name]).tolist()) for m in masks] for name in ("step", "whole")}
+    for name, (one, other, _) in last.items():
+        value, chance = summaries[0]["overlaps"][0][name]
+        assert value == pytest.approx(len(one & other) / len(one | other), abs=1e-6)
+        assert 0 < chance < 1
+    changed = [sum(row["changed"] for row in record["rows"] if row["lag"] == 1 and row["step"] == 8)
+               for record in read_records(study, tmp_path)]  # fmt: skip
+    assert [len(one) for one in last["step"]] == changed
+    assert all(0 < summary["consecutive"] < 1 for summary in summaries)
+
+
+def test_runs_keep_their_names_when_axes_are_added(study: Study) -> None:
+    run = study.runs[1]
+    assert study.id(run) == study.id(replace(run, repeat=0, start=""))
+    assert len({study.id(one) for one in (run, replace(run, repeat=1), replace(run, start="sort_digits"))}) == 3
+    assert run.draw == run.seed
+    assert replace(run, repeat=2).draw != run.draw
+    with pytest.raises(MisuseError, match="random weights"):
+        replace(run, objective="pretrain", start="sort_digits")
+
+
+def test_curvature_is_measured_of_the_runs_that_are_named(tmp_path: Path) -> None:
+    study = study_of(SMALL | {"vary": [{"objective": ["rl", "sft"]}], "curvature": [{"objective": "rl"}]})
+    rl, sft = (train(study, run, tmp_path) for run in study.runs)
+    assert sft["curvature"] == []
+    before, after = rl["curvature"]
+    assert before != after
+    for at in (before, after):
+        assert at["fisher_trace"] > at["fisher_largest"] > 0
+        assert at["hessian_smallest"] < 0 < at["hessian_largest"]
+    again = train(study, study.runs[0], tmp_path)  # the start's is read, not measured again
+    assert again["curvature"] == rl["curvature"]
+    assert summary_of(rl)["curvature"][1]["fisher_trace"] == pytest.approx(after["fisher_trace"], rel=1e-4)
 
 
 def _model() -> torch.nn.Module:

@@ -1,7 +1,8 @@
 """Carrying a study out: runs in processes of their own, one result file each, so that a study that was killed goes on.
 
-``OUT/runs/ID.json`` is the whole result of a run and appears whole or not at all; ``OUT/starts`` holds the models that
-were warm-started. A run that fails is noted in ``OUT/failed/ID.json`` and tried again the next time.
+``OUT/runs/ID.json`` is the whole result of a run and appears whole or not at all; ``OUT/masks/ID.npz`` says which
+weights it changed; ``OUT/starts`` holds the models that were warm-started. A run that fails is noted in
+``OUT/failed/ID.json`` and tried again the next time.
 """
 
 from __future__ import annotations
@@ -92,9 +93,12 @@ def _make_start(study: Study, run: Run, out: Path) -> None:
 
 
 def _make_run(study: Study, run: Run, out: Path) -> None:
+    from thinwire.lab.study.overlap import masks_file
     from thinwire.lab.study.train import train
 
-    _write(_result(out, study, run), train(study, run, out / "starts"))
+    masks = masks_file(out, study.id(run))
+    masks.parent.mkdir(parents=True, exist_ok=True)
+    _write(_result(out, study, run), train(study, run, out / "starts", masks=masks))  # the masks first
 
 
 def _starts_of(study: Study, runs: Sequence[Run]) -> list[Run]:
@@ -102,7 +106,7 @@ def _starts_of(study: Study, runs: Sequence[Run]) -> list[Run]:
     from thinwire.lab.study.models import is_made_here
 
     needed = [run for run in runs if run.objective != "pretrain" and is_made_here(study.sizes[run.size])]
-    return list({(run.size, run.task, run.seed): run for run in needed}.values())
+    return list({(run.size, run.start or run.task, run.seed): run for run in needed}.values())
 
 
 def _all(

@@ -9,98 +9,29 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from thinwire.lab.study.matrix import LEVELS, Run
-from thinwire.lab.study.statistics import Estimate, correlation, friedman, mean_of
+from thinwire.lab.study.comparisons import curved_starts, same_weights
+from thinwire.lab.study.evidence import (
+    Finding,
+    Line,
+    Table,
+    centred,
+    density_of,
+    excess_of,
+    flat,
+    per_cent,
+    select,
+    verdict_of,
+)
+from thinwire.lab.study.matrix import LEVELS
+from thinwire.lab.study.statistics import correlation, friedman, mean_of
 from thinwire.lab.study.summary import QUARTERS, Summary
 
 __all__ = ["Finding", "Line", "answers", "per_cent", "select"]
-
-AXES = tuple(f.name for f in fields(Run) if f.name != "seed")
-_SEEDS_MIN = 5
-
-
-@dataclass(frozen=True, slots=True)
-class Line:
-    """One estimate of a finding, and what it is of; ``unit`` is ``%`` for shares, which are shown in per cent."""
-
-    label: str
-    estimate: Estimate
-    unit: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """A hypothesis, its verdict (``supported``, ``refuted`` or ``undecided``), why, and the estimates behind it."""
-
-    name: str
-    hypothesis: str
-    verdict: str
-    why: str
-    lines: tuple[Line, ...] = field(default=())
-
-
-def per_cent(estimate: Estimate) -> str:
-    """A share and its interval, in per cent.
-
-    >>> per_cent(Estimate(0.0123, 0.0101, 0.0146, 5))
-    '1.23 % (1.01 to 1.46)'
-    """
-    return f"{100 * estimate.value:.3g} % ({100 * estimate.low:.3g} to {100 * estimate.high:.3g})"
-
-
-class _Table:
-    """The summaries, found by their axes; what is not named is as in the centre."""
-
-    def __init__(self, summaries: Sequence[Summary], centre: Mapping[str, Any]) -> None:
-        self.all = list(summaries)
-        self.centre = {axis: centre[axis] for axis in AXES}
-        self._by: dict[tuple[Any, ...], dict[int, Summary]] = {}
-        for summary in self.all:
-            self._by.setdefault(self._key(summary), {})[summary["seed"]] = summary
-
-    @staticmethod
-    def _key(axes: Mapping[str, Any]) -> tuple[Any, ...]:
-        return tuple(axes[axis] for axis in AXES)
-
-    def seeds(self, **axes: Any) -> dict[int, Summary]:
-        """The runs of a condition by seed; empty if the study has none of it."""
-        return self._by.get(self._key(self.centre | axes), {})
-
-    def conditions(self) -> Iterator[tuple[dict[str, Any], dict[int, Summary]]]:
-        for key, runs in self._by.items():
-            yield dict(zip(AXES, key, strict=True)), runs
-
-    def mean(self, value: Callable[[Summary], float], **axes: Any) -> Estimate | None:
-        runs = self.seeds(**axes)
-        return mean_of([value(run) for run in runs.values()]) if runs else None
-
-    def paired(
-        self, value: Callable[[Summary], float], one: Mapping[str, Any], other: Mapping[str, Any]
-    ) -> Estimate | None:
-        """The mean difference ``value(one) - value(other)`` over the seeds that both have."""
-        a, b = self.seeds(**one), self.seeds(**other)
-        both = sorted(set(a) & set(b))
-        return mean_of([value(a[seed]) - value(b[seed]) for seed in both]) if both else None
-
-
-def select(summaries: Sequence[Summary], centre: Mapping[str, Any], **axes: Any) -> dict[int, Summary]:
-    """The runs of a condition by seed; axes that are not named are as in the centre."""
-    return _Table(summaries, centre).seeds(**axes)
-
-
-def _density(summary: Summary) -> float:
-    return float(summary["shares"]["1"][0])
-
-
-def _excess(summary: Summary) -> float:
-    observed, null = summary["shares"]["1"]
-    return float(observed - null)
 
 
 def _kind(name: str, *, beyond_null: bool) -> Callable[[Summary], float]:
@@ -111,24 +42,17 @@ def _kind(name: str, *, beyond_null: bool) -> Callable[[Summary], float]:
     return value
 
 
-def _verdict(yes: bool, no: bool, estimates: Sequence[Estimate]) -> str:
-    """Nothing is claimed of fewer than five seeds."""
-    if not estimates or min(estimate.count for estimate in estimates) < _SEEDS_MIN:
-        return "undecided"
-    return "supported" if yes else "refuted" if no else "undecided"
-
-
-def _sparse_everywhere(table: _Table) -> Finding:
+def _sparse_everywhere(table: Table) -> Finding:
     lines, low, high, narrow = [], 1.0, 0.0, 0
     for axes, runs in table.conditions():
         if axes["weights"] == "fp32" or axes["enforce"] != "none" or axes["control"] != "none":
             continue
-        estimate = mean_of([1 - _density(run) for run in runs.values()])
+        estimate = mean_of([1 - density_of(run) for run in runs.values()])
         low, high = min(low, estimate.value), max(high, estimate.value)
         narrow += estimate.low >= 0.98
         label = f"{axes['objective']}, {axes['optimiser']}, lr {axes['lr']}, {axes['size']}, {axes['weights']}"
         lines.append(Line(label, estimate, "%"))
-    fp32 = table.mean(lambda s: 1 - _density(s), weights="fp32")
+    fp32 = table.mean(lambda s: 1 - density_of(s), weights="fp32")
     estimates = [line.estimate for line in lines]
     why = (
         f"{narrow} of {len(lines)} conditions are at least 98 % sparse in a step; the range is {100 * low:.1f} to "
@@ -140,25 +64,25 @@ def _sparse_everywhere(table: _Table) -> Finding:
     shown = sorted(lines, key=lambda line: line.estimate.value)
     return Finding(
         "sparse-everywhere", "98 to 99 % of the weights do not change in a step, whatever is trained and how",
-        _verdict(all(e.low >= 0.98 for e in estimates), any(e.high < 0.98 for e in estimates), estimates), why,
+        verdict_of(all(e.low >= 0.98 for e in estimates), any(e.high < 0.98 for e in estimates), estimates), why,
         tuple(shown[:3] + shown[-3:]),
     )  # fmt: skip
 
 
-def _learning_or_rounding(table: _Table) -> Finding:
+def _learning_or_rounding(table: Table) -> Finding:
     lines = []
     for objective in ("rl", "sft", "pretrain"):
-        excess = table.mean(_excess, objective=objective)
-        against = table.paired(_density, {"objective": objective}, {"objective": objective, "control": "random"})
+        excess = table.mean(excess_of, objective=objective)
+        against = table.paired(density_of, {"objective": objective}, {"objective": objective, "control": "random"})
         if excess is not None:
             lines.append(Line(f"{objective}: observed - null", excess, "%"))
         if against is not None:
             lines.append(Line(f"{objective}: real - random gradients", against, "%"))
-    shuffled = table.paired(_density, {}, {"control": "shuffled"})
+    shuffled = table.paired(density_of, {}, {"control": "shuffled"})
     if shuffled is not None:
         lines.append(Line("rl: real - shuffled advantages", shuffled, "%"))
-    rl = table.mean(_density)
-    excess = table.mean(_excess)
+    rl = table.mean(density_of)
+    excess = table.mean(excess_of)
     if rl is None or excess is None:
         return Finding("rounding", "", "undecided", "The study has no such runs.")
     if not rl.value:
@@ -166,12 +90,12 @@ def _learning_or_rounding(table: _Table) -> Finding:
     size = max(abs(excess.low), abs(excess.high)) / rl.value
     return Finding(
         "rounding", "in RL, how many weights change follows from rounding alone, to a tenth of it",
-        _verdict(size < 0.1, min(abs(excess.low), abs(excess.high)) / rl.value > 0.1 and excess.sign != 0, [excess]),
+        verdict_of(size < 0.1, min(abs(excess.low), abs(excess.high)) / rl.value > 0.1 and excess.sign != 0, [excess]),
         f"RL changes {per_cent(rl)} of the weights in a step; beyond the null are {per_cent(excess)}.", tuple(lines),
     )  # fmt: skip
 
 
-def _kinds_in_order(table: _Table) -> Finding:
+def _kinds_in_order(table: Table) -> Finding:
     order, lines, steps = ("attention", "mlp", "norm"), [], []
     for objective in ("rl", "sft", "pretrain"):
         runs = table.seeds(objective=objective)
@@ -188,13 +112,13 @@ def _kinds_in_order(table: _Table) -> Finding:
             lines.append(Line(f"{objective}: the same beyond the null", mean_of(beyond), "%"))
     return Finding(
         "kinds", "attention is less sparse than MLP, and MLP less than norms",
-        _verdict(all(e.sign > 0 for e in steps), any(e.sign < 0 for e in steps), steps),
+        verdict_of(all(e.sign > 0 for e in steps), any(e.sign < 0 for e in steps), steps),
         f"{sum(e.sign > 0 for e in steps)} of {len(steps)} neighbours in this order differ as claimed, "
         f"{sum(e.sign < 0 for e in steps)} the other way round.", tuple(lines),
     )  # fmt: skip
 
 
-def _sparser_with_time(table: _Table) -> Finding:
+def _sparser_with_time(table: Table) -> Finding:
     lines, raw = [], []
     for objective in ("rl", "sft", "pretrain"):
         runs = table.seeds(objective=objective)
@@ -207,20 +131,20 @@ def _sparser_with_time(table: _Table) -> Finding:
                   Line(f"{objective}: the same of the null", null, "%")]  # fmt: skip
     return Finding(
         "time", "updates become sparser as training goes on",
-        _verdict(all(e.sign < 0 for e in raw), any(e.sign > 0 for e in raw), raw),
+        verdict_of(all(e.sign < 0 for e in raw), any(e.sign > 0 for e in raw), raw),
         "Adam's first steps are its largest (its moments are corrected for their start), with random gradients too.",
         tuple(lines),
     )  # fmt: skip
 
 
-def _rl_against_sft(table: _Table) -> Finding:
+def _rl_against_sft(table: Table) -> Finding:
     lines, raw, beyond = [], [], []
     for optimiser in ("adam", "adamw", "sgd", "adafactor"):
         for level in LEVELS:
             axes = {"optimiser": optimiser, "lr": level}
             one, other = axes | {"objective": "rl"}, axes | {"objective": "sft"}
-            difference = table.paired(_density, one, other)
-            excess = table.paired(_excess, one, other)
+            difference = table.paired(density_of, one, other)
+            excess = table.paired(excess_of, one, other)
             if difference is not None and excess is not None:
                 raw.append(difference)
                 beyond.append(excess)
@@ -228,14 +152,14 @@ def _rl_against_sft(table: _Table) -> Finding:
     fewer, more = sum(e.sign < 0 for e in raw), sum(e.sign > 0 for e in raw)
     return Finding(
         "rl-sft", "RL is sparser than supervised fine-tuning from the same start, at the same learning rate",
-        _verdict(fewer == len(raw), more == len(raw), raw),
+        verdict_of(fewer == len(raw), more == len(raw), raw),
         f"RL is sparser in {fewer} of {len(raw)} pairs of optimiser and learning rate, denser in {more}; beyond the "
         f"null, sparser in {sum(e.sign < 0 for e in beyond)}, denser in {sum(e.sign > 0 for e in beyond)}.",
         tuple(lines),
     )  # fmt: skip
 
 
-def _predicts_convergence(table: _Table) -> Finding:
+def _predicts_convergence(table: Table) -> Finding:
     groups: dict[tuple[Any, ...], list[Summary]] = {}
     for axes, runs in table.conditions():
         plain = axes["control"] == "none" and axes["enforce"] == "none" and axes["weights"] != "fp32"
@@ -245,11 +169,11 @@ def _predicts_convergence(table: _Table) -> Finding:
     gains = [[run["gain"] for run in runs] for runs in groups.values()]
     if sum(map(len, early)) < 12:
         return Finding("convergence", "", "undecided", "The study has too few RL runs.")
-    across = correlation(_flat(early), _flat(gains))
-    within = correlation(_flat(map(_centred, early)), _flat(map(_centred, gains)))
+    across = correlation(flat(early), flat(gains))
+    within = correlation(flat(map(centred, early)), flat(map(centred, gains)))
     return Finding(
         "convergence", "how sparse a run is early on predicts how far its reward rises",
-        _verdict(within.sign != 0, False, [within]),
+        verdict_of(within.sign != 0, False, [within]),
         f"Across all RL runs, the density of the first quarter and the gain correlate by {across.value:+.2f} "
         f"({across.low:+.2f} to {across.high:+.2f}), as the learning rate moves both; within a condition, by "
         f"{within.value:+.2f} ({within.low:+.2f} to {within.high:+.2f}).",
@@ -257,21 +181,12 @@ def _predicts_convergence(table: _Table) -> Finding:
     )  # fmt: skip
 
 
-def _flat(parts: Any) -> list[float]:
-    return [value for part in parts for value in part]
-
-
-def _centred(values: Sequence[float]) -> list[float]:
-    mean = sum(values) / len(values)
-    return [value - mean for value in values]
-
-
 def _slope(points: Sequence[tuple[float, float]]) -> float:
     x, y = np.log([max(p[0], 1e-30) for p in points]), np.log([max(p[1], 1e-9) for p in points])
     return float(np.polyfit(x, y, 1)[0])
 
 
-def _learning_rate(table: _Table) -> Finding:
+def _learning_rate(table: Table) -> Finding:
     lines, slopes = [], []
     for objective in ("rl", "sft", "pretrain"):
         for optimiser in ("adam", "adamw", "sgd", "adafactor"):
@@ -290,13 +205,13 @@ def _learning_rate(table: _Table) -> Finding:
             ]
     return Finding(
         "learning-rate", "the higher the learning rate, the less sparse",
-        _verdict(all(e.sign > 0 for e in slopes), any(e.sign < 0 for e in slopes), slopes),
+        verdict_of(all(e.sign > 0 for e in slopes), any(e.sign < 0 for e in slopes), slopes),
         "The exponent is that of density ~ lr^exponent over a factor of 100; 1 is proportional, and less than 1 where "
         "most weights change already.", tuple(lines),
     )  # fmt: skip
 
 
-def _enforced(table: _Table) -> Finding:
+def _enforced(table: Table) -> Finding:
     lines, effects = [], []
     dense = {"lr": "high"}
     reference = table.mean(lambda s: s["gain"], **dense)
@@ -311,13 +226,13 @@ def _enforced(table: _Table) -> Finding:
     hurts, helps = sum(e.sign < 0 for e in effects), sum(e.sign > 0 for e in effects)
     return Finding(
         "enforced", "training only a few weights costs reward",
-        _verdict(hurts == len(effects), helps > 0 or not hurts, effects),
+        verdict_of(hurts == len(effects), helps > 0 or not hurts, effects),
         f"Of {len(effects)} ways to choose few weights, {hurts} gain less reward than dense training at the same "
         f"learning rate, {helps} more.", tuple(lines),
     )  # fmt: skip
 
 
-def _layers_differ(table: _Table) -> Finding:
+def _layers_differ(table: Table) -> Finding:
     runs = list(table.seeds().values())
     names = [name for name in (runs[0]["layers"] if runs else {}) if name != "outside"]
     if len(runs) < 2 or len(names) < 2:
@@ -330,13 +245,13 @@ def _layers_differ(table: _Table) -> Finding:
     estimate = mean_of([float(value) for value in beyond[:, 0]])
     return Finding(
         "layers", "in RL, some layers change more than others, beyond what rounding makes of their weights",
-        _verdict(p_beyond < 0.05, False, [estimate]),
+        verdict_of(p_beyond < 0.05, False, [estimate]),
         f"Friedman's test over {len(runs)} seeds and {len(names)} layers: p = {p_raw:.3f} for densities, "
         f"{p_beyond:.3f} beyond the null.", lines,
     )  # fmt: skip
 
 
-def _lags(table: _Table) -> Finding:
+def _lags(table: Table) -> Finding:
     lines, ratios = [], []
     for objective in ("rl", "sft", "pretrain"):
         runs = table.seeds(objective=objective)
@@ -348,17 +263,17 @@ def _lags(table: _Table) -> Finding:
     most = max((ratio.high for ratio in ratios), default=math.inf)
     return Finding(
         "lags", "32 steps together change less than 8 times as many weights as one",
-        _verdict(most < 8, any(ratio.low > 8 for ratio in ratios), ratios),
+        verdict_of(most < 8, any(ratio.low > 8 for ratio in ratios), ratios),
         "Weights that change once change again; how much so depends on the learning rate.", tuple(lines),
     )  # fmt: skip
 
 
 def answers(summaries: Sequence[Summary], centre: Mapping[str, Any]) -> list[Finding]:
     """The findings of a study, in the order in which they are told; those it has no runs for are left out."""
-    table = _Table(summaries, centre)
+    table = Table(summaries, centre)
     makers = (
         _learning_or_rounding, _sparse_everywhere, _rl_against_sft, _learning_rate, _kinds_in_order, _layers_differ,
-        _sparser_with_time, _lags, _predicts_convergence, _enforced,
+        _sparser_with_time, _lags, same_weights, _predicts_convergence, curved_starts, _enforced,
     )  # fmt: skip
     found = [make(table) for make in makers]
     return [finding for finding in found if finding.hypothesis and finding.lines]

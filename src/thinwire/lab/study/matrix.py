@@ -35,6 +35,9 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "enforce": ("none", "random", "gradient"),
 }
 _RUNS_MAX = 20_000
+_REPEAT = 1_000_003
+_LATER = {"repeat": 0, "start": ""}
+"""Axes that came later, and the values at which a run is called what it was called without them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +48,8 @@ class Run:
     weights). lr: a level; what it is in numbers is the study's, by optimiser. weights: fp32 ``masters`` served as bf16,
     ``bf16`` updated in place, or ``fp32``. control: the gradients as they are, replaced by ``random`` ones of the same
     norms, or with advantages ``shuffled`` between answers (RL only). enforce: train only a share ``density`` of the
-    weights, chosen at ``random`` or by the first ``gradient``.
+    weights, chosen at ``random`` or by the first ``gradient``. repeat: another run from the same weights, whose
+    problems, answers and noise are drawn anew. start: begin from what was warm-started on this task instead of its own.
     """
 
     objective: str = "rl"
@@ -60,6 +64,8 @@ class Run:
     density: float = 1.0
     steps: int = 64
     seed: int = 0
+    repeat: int = 0
+    start: str = ""
 
     def __post_init__(self) -> None:
         for name, choices in CHOICES.items():
@@ -68,7 +74,7 @@ class Run:
                 near = difflib.get_close_matches(str(value), choices, n=1)
                 hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(choices)}"
                 raise MisuseError(f"there is no {name} {str(value)[:40]!r}; {hint}")
-        for name, least in (("steps", 1), ("seed", 0)):
+        for name, least in (("steps", 1), ("seed", 0), ("repeat", 0)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise MisuseError(f"{name} is {str(value)[:40]!r}; give a whole number from {least}")
@@ -76,6 +82,8 @@ class Run:
             raise MisuseError(f"density is {str(self.density)[:40]!r}; give a share above 0, up to 1")
         if self.control == "shuffled" and self.objective != "rl":
             raise MisuseError("shuffled advantages need the objective rl")
+        if self.start and self.objective == "pretrain":
+            raise MisuseError("pre-training starts from random weights; leave start out")
         if (self.enforce == "none") != (self.density == 1):
             raise MisuseError("enforce (random or gradient) and a density below 1 go together")
 
@@ -84,11 +92,16 @@ class Run:
         """Everything but the seed: runs of one condition are repetitions."""
         return tuple(getattr(self, f.name) for f in fields(self) if f.name != "seed")
 
+    @property
+    def draw(self) -> int:
+        """The seed of its problems, answers and noise; ``seed`` alone is that of the weights it starts from."""
+        return self.seed + _REPEAT * self.repeat
+
 
 @dataclass(frozen=True, slots=True)
 class Study:
     """Runs, and what their words mean: sizes (arguments of a model), tasks (a generator and its settings), learning
-    rates by optimiser and level."""
+    rates by optimiser and level. Of runs in ``curved`` the objective's curvature is measured too."""
 
     runs: tuple[Run, ...]
     centre: Run
@@ -96,6 +109,7 @@ class Study:
     tasks: Mapping[str, Mapping[str, Any]]
     lrs: Mapping[str, Sequence[float]]
     about: Mapping[str, Any] = field(default_factory=dict)
+    curved: frozenset[Run] = frozenset()
 
     def lr(self, run: Run) -> float:
         """The learning rate of ``run``."""
@@ -103,7 +117,8 @@ class Study:
 
     def id(self, run: Run) -> str:
         """A name for ``run`` that says all that its result depends on: 16 hex digits."""
-        facts = [asdict(run), self.lr(run), dict(self.sizes[run.size]), dict(self.tasks[run.task])]
+        axes = {name: value for name, value in asdict(run).items() if value != _LATER.get(name, ...)}
+        facts = [axes, self.lr(run), dict(self.sizes[run.size]), dict(self.tasks[run.task])]
         return hashlib.blake2s(json.dumps(facts, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
@@ -123,7 +138,7 @@ _LRS: dict[str, list[float]] = {
     "sgd": [1e-3, 1e-2, 1e-1],
     "adafactor": [1e-6, 1e-5, 1e-4],
 }
-_KEYS = ("about", "centre", "seeds", "sizes", "tasks", "lrs", "vary")
+_KEYS = ("about", "centre", "seeds", "sizes", "tasks", "lrs", "vary", "curvature")
 
 
 def _named(values: Mapping[str, Any], known: Sequence[str], what: str) -> None:
@@ -153,18 +168,10 @@ def study_of(values: Mapping[str, Any]) -> Study:
     centre = Run(**centre_values)
     seeds = values.get("seeds", [0])
     blocks = values.get("vary", [{}])
-    if not isinstance(seeds, list) or not seeds or not isinstance(blocks, list):
-        raise MisuseError("seeds and vary are lists; seeds has one entry at least")
-    runs: dict[Run, None] = {}
-    for block in blocks:
-        lists = _mapping(block, "a block of vary")
-        _named(lists, axes, "axis")
-        lists.setdefault("seed", seeds)
-        choices = [value if isinstance(value, list) else [value] for value in lists.values()]
-        if any(not choice for choice in choices) or len(runs) + _product(choices) > _RUNS_MAX:
-            raise MisuseError(f"a block of vary has an empty list, or there are more than {_RUNS_MAX} runs")
-        for chosen in itertools.product(*choices):
-            runs[replace(centre, **dict(zip(lists, chosen, strict=True)))] = None
+    if not isinstance(seeds, list) or not seeds:
+        raise MisuseError("seeds is a list of one entry at least")
+    runs = _crossed(blocks, "vary", centre, seeds)
+    curved = _crossed(values.get("curvature", []), "curvature", centre, seeds)
     sizes = _SIZES | _mapping(values.get("sizes", {}), "sizes")
     tasks = _TASKS | _mapping(values.get("tasks", {}), "tasks")
     lrs = _LRS | _mapping(values.get("lrs", {}), "lrs")
@@ -173,9 +180,29 @@ def study_of(values: Mapping[str, Any]) -> Study:
         if not isinstance(levels, list) or len(levels) != len(LEVELS) or not all(_is_lr(lr) for lr in levels):
             raise MisuseError(f"lrs of {name} are {str(levels)[:60]}; give three numbers: low, mid, high")
     for run in runs:
-        for kind, known, value in (("size", sizes, run.size), ("task", tasks, run.task)):
+        for kind, known, value in (
+            ("size", sizes, run.size), ("task", tasks, run.task), ("task", tasks, run.start or run.task),
+        ):  # fmt: skip
             _named({value: None}, list(known), kind)
-    return Study(tuple(runs), centre, sizes, tasks, lrs, _mapping(values.get("about", {}), "about"))
+    about = _mapping(values.get("about", {}), "about")
+    return Study(tuple(runs), centre, sizes, tasks, lrs, about, frozenset(curved) & frozenset(runs))
+
+
+def _crossed(blocks: Any, key: str, centre: Run, seeds: list[Any]) -> dict[Run, None]:
+    """The runs of a list of blocks, in order."""
+    if not isinstance(blocks, list):
+        raise MisuseError(f"{key} is a list of blocks")
+    runs: dict[Run, None] = {}
+    for block in blocks:
+        lists = _mapping(block, f"a block of {key}")
+        _named(lists, [f.name for f in fields(Run)], "axis")
+        lists.setdefault("seed", seeds)
+        choices = [value if isinstance(value, list) else [value] for value in lists.values()]
+        if any(not choice for choice in choices) or len(runs) + _product(choices) > _RUNS_MAX:
+            raise MisuseError(f"a block of {key} has an empty list, or there are more than {_RUNS_MAX} runs")
+        for chosen in itertools.product(*choices):
+            runs[replace(centre, **dict(zip(lists, chosen, strict=True)))] = None
+    return runs
 
 
 def _is_lr(value: Any) -> bool:

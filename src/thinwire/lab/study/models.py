@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,8 @@ def start_of(study: Study, run: Run, folder: Path) -> Any:
     Raises:
         MisuseError: the warm start did not reach its target.
     """
+    if run.start:
+        run = replace(run, task=run.start, start="")
     recipe = recipe_for(study, run)
     model = recipe.pretrained(run.seed)
     if run.objective == "pretrain" or not is_made_here(study.sizes[run.size]):

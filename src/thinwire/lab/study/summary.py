@@ -45,7 +45,8 @@ def summary_of(record: Record) -> Summary:
 
     ``shares`` by lag; ``quarters`` of the steps, at lag 1; ``kinds`` and ``layers``, at lag 1; ``first``, the share of
     the very first step; ``gain``, the rise of the sampled exact reward; ``loss`` at the beginning and the end (means of
-    four steps); ``rank``, the mean share of full rank that the matrices' whole changes have.
+    four steps); ``rank``, the mean share of full rank that the matrices' whole changes have; ``consecutive`` and
+    ``curvature`` as in the record.
     """
     rows = record["rows"]
     single = [row for row in rows if row["lag"] == 1]
@@ -55,6 +56,7 @@ def summary_of(record: Record) -> Summary:
     losses = record["losses"]
     return {
         "id": record["id"], **record["run"], "lr_value": record["lr"], "parameters": record["parameters"],
+        "made_here": record["made_here"],
         "before": record["before"]["sampled"], "after": record["after"]["sampled"],
         "gain": record["after"]["sampled"] - record["before"]["sampled"],
         "greedy_gain": record["after"]["greedy"] - record["before"]["greedy"],
@@ -66,7 +68,9 @@ def summary_of(record: Record) -> Summary:
             for quarter in range(QUARTERS)
         ],
         "kinds": _by(single, lambda row: row["kind"]), "layers": _by(single, lambda row: row["layer"]),
-        "rank": sum(ranks) / len(ranks) if ranks else None, "seconds": round(record["seconds"], 2),
+        "rank": sum(ranks) / len(ranks) if ranks else None, "consecutive": record.get("consecutive"),
+        "curvature": [{k: float(f"{v:.6g}") for k, v in at.items()} for at in record.get("curvature", [])],
+        "seconds": round(record["seconds"], 2),
     }  # fmt: skip
 
 

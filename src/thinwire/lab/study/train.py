@@ -13,8 +13,10 @@ import torch
 
 from thinwire.lab.grpo import advantages, grpo_step
 from thinwire.lab.recipes import Recipe
+from thinwire.lab.study.curved import Curved, curvature_of, curvature_once
 from thinwire.lab.study.matrix import Run, Study
 from thinwire.lab.study.models import is_made_here, recipe_for, start_of
+from thinwire.lab.study.overlap import Masks
 from thinwire.lab.study.rewards import Rewarded
 from thinwire.lab.study.stepping import Stepper, optimiser_of
 from thinwire.lab.tasks import Task
@@ -41,6 +43,7 @@ class _Watch:
         view = torch.bfloat16 if weights == "masters" else None
         self._owned = stepper.owned
         self._shadow = Shadow(stepper.owned, make, view=view, lags=LAGS, sample=_SAMPLE, seed=seed)
+        self.masks = Masks(self._served)
         self.rows: list[dict[str, Any]] = []
 
     @staticmethod
@@ -49,6 +52,7 @@ class _Watch:
         return ".".join(map(str, place.layer)) or "outside", place.kind
 
     def step(self, step: int, gradient_rms: dict[str, float]) -> None:
+        self.masks.step()
         self._shadow.set_rms(gradient_rms)
         for lag, null in self._shadow.step().items():
             sums: dict[tuple[str, str], tuple[Changes, float]] = {}
@@ -100,28 +104,31 @@ def _rl_step(
     return report.loss, report.reward, report.gradient_norm
 
 
-def train(study: Study, run: Run, starts: Path) -> dict[str, Any]:
+def train(study: Study, run: Run, starts: Path, *, masks: Path | None = None) -> dict[str, Any]:
     """Make one run. Equal runs give equal results, but for ``seconds``.
 
     The record: ``run`` and ``lr``; ``before`` and ``after``, exact rewards on held-out problems (sampled and greedy);
     by step the ``losses``, ``rewards`` (RL: of its own answers) and ``norms`` of gradients; ``rows``, what changed by
     step, lag, layer and kind: ``elements``, ``changed``, ``null`` (what random gradients would have changed, of a
-    simulated sample); ``ranks``, the effective (entropy) rank of each matrix's whole change beside its full one.
+    simulated sample); ``ranks``, the effective (entropy) rank of each matrix's whole change beside its full one;
+    ``consecutive``, the mean overlap of what successive steps changed; ``curvature`` before and after, for runs that
+    the study wants it of. Which weights changed is written to ``masks``.
     """
     began = time.perf_counter()
-    torch.manual_seed(run.seed)
+    torch.manual_seed(run.draw)
     recipe = recipe_for(study, run)
     trained = replace(recipe, task=_rewarded(recipe.task, run))
     model = start_of(study, run, starts)
     make = optimiser_of(run.optimiser, study.lr(run))
     stepper = Stepper(
-        model, make, weights=run.weights, control=run.control, enforce=run.enforce, density=run.density, seed=run.seed
+        model, make, weights=run.weights, control=run.control, enforce=run.enforce, density=run.density, seed=run.draw
     )
     before = evaluate(recipe, model, seed=_EVALUATION_SEED)
     first = {name: p.detach().float().clone() for name, p in stepper.owned.items()}
-    watch = _Watch(stepper, make, run.weights, run.seed)
+    curved = [_curvature_at_start(recipe, model, run, starts)] if run in study.curved else []
+    watch = _Watch(stepper, make, run.weights, run.draw)
     counted = _Counted(stepper, watch)
-    source, generator = random.Random(f"run {run.seed}"), torch.Generator().manual_seed(run.seed)
+    source, generator = random.Random(f"run {run.draw}"), torch.Generator().manual_seed(run.draw)
     losses, rewards, norms = [], [], []
     for _ in range(run.steps):
         if run.objective == "rl":
@@ -135,20 +142,31 @@ def train(study: Study, run: Run, starts: Path) -> dict[str, Any]:
         losses.append(loss)
         norms.append(norm)
     after = evaluate(recipe, model, seed=_EVALUATION_SEED)
+    if curved:
+        curved.append(curvature_of(recipe, model, seed=run.seed))
+    if masks is not None:
+        watch.masks.save(masks)
     return {
         "id": study.id(run), "run": asdict(run), "lr": study.lr(run), "made_here": is_made_here(study.sizes[run.size]),
         "parameters": sum(p.numel() for p in stepper.owned.values()),
         "before": {"sampled": before.sampled, "greedy": before.greedy},
         "after": {"sampled": after.sampled, "greedy": after.greedy},
         "losses": losses, "rewards": rewards, "norms": norms, "rows": watch.rows,
-        "ranks": _ranks(first, stepper.owned), "seconds": time.perf_counter() - began,
+        "ranks": _ranks(first, stepper.owned), "consecutive": watch.masks.consecutive, "curvature": curved,
+        "seconds": time.perf_counter() - began,
     }  # fmt: skip
+
+
+def _curvature_at_start(recipe: Recipe, model: Any, run: Run, starts: Path) -> Curved:
+    kind = "random" if run.objective == "pretrain" else "warm"
+    name = f"{kind}-{run.size}-{run.start or run.task}-{run.task}-{run.weights}-{run.seed}.json"
+    return curvature_once(recipe, model, starts / "curvature" / name, seed=run.seed)
 
 
 def _rewarded(task: Task, run: Run) -> Task:
     if not isinstance(task, Rewarded):
         raise TypeError("recipe_for makes rewarded tasks")
-    return replace(task, kind=run.reward, source=random.Random(f"noise {run.seed}"))
+    return replace(task, kind=run.reward, source=random.Random(f"noise {run.draw}"))
 
 
 def _ranks(first: dict[str, torch.Tensor], last: dict[str, torch.Tensor]) -> dict[str, list[float]]:
