@@ -75,9 +75,10 @@ def test_the_set_is_the_oracles(data: st.DataObject) -> None:
     k = data.draw(st.integers(1, max(1, sum(sizes))))
     flat = [(-s, not held, t, i) for t, part in enumerate(scores) for s, held, i in part if held or s > 0]
     want = {(t, i) for _, _, t, i in sorted(flat)[:k]}
-    found, chosen = set(), choose(grads, active, k)
+    hint = data.draw(numbers.map(abs))
+    found, chosen = set(), choose(grads, active, k, hint)
     assert chosen is not None
-    for t, (stay, new) in enumerate(chosen):
+    for t, (stay, new) in enumerate(chosen.parts):
         found |= {(t, int(i)) for i in active[t].positions[stay]} | {(t, int(i)) for i in new}
     assert found == want
 
@@ -211,6 +212,13 @@ def test_a_state_of_another_model_is_refused() -> None:
     optimizer.step()
     with pytest.raises(MalformedError):
         other.load_state_dict(optimizer.state_dict())
+    for name, value in (("entered", 9), ("exp_avg", None)):
+        damaged = copy.deepcopy(optimizer.state_dict())
+        damaged["state"][0][name] = (
+            damaged["state"][0][name].double() if value is None else torch.full((50,), value).int()
+        )
+        with pytest.raises(MalformedError, match="damaged"):
+            optimizer.load_state_dict(damaged)
     dense = torch.optim.AdamW(params)
     dense.step()
     with pytest.raises(MalformedError):

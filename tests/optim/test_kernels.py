@@ -81,6 +81,30 @@ def test_the_histogram_counts_all(dtype: torch.dtype) -> None:
     assert torch.equal(torch.from_numpy(kernels.histogram(x)), torch.bincount(keys, minlength=1 << 15))
 
 
+@given(st.data())
+def test_the_parts_of_a_selection_are_the_oracles(data: st.DataObject) -> None:
+    random = torch.Generator().manual_seed(data.draw(st.integers(0, 2**32)))
+    n, share = data.draw(st.integers(0, 200)), data.draw(st.sampled_from([0.0, 0.2, 1.0]))
+    cells = torch.randperm(300, generator=random)[:n].sort().values.int()
+    inside = torch.rand(n, generator=random) < share
+    old, rest = cells[inside], cells[~inside]
+    stay = torch.rand(old.numel(), generator=random) < 0.5
+    values = [
+        (torch.randn(old.numel(), generator=random), torch.randn(rest.numel(), generator=random)),
+        (old + 1, torch.zeros_like(rest)),
+    ]
+    for ours, readable in zip(
+        kernels.merged(old, stay, rest, values), oracle.merged(old, stay, rest, values), strict=True
+    ):
+        assert torch.equal(ours, readable)
+    assert torch.equal(kernels.absent(old, cells), oracle.absent(old, cells))
+    assert torch.equal(kernels.absent(old, cells), rest)
+    v, entered = torch.rand(n, generator=random), torch.randint(1, 8, (n,), generator=random).int()
+    table = (1 - 0.99 ** torch.arange(6, dtype=torch.float64)).sqrt().float()
+    ours, readable = (form.importance(v, entered, 7, table, 1.7) for form in (kernels, oracle))
+    assert torch.equal(bits(ours), bits(readable))
+
+
 def test_threads_do_not_change_the_answer() -> None:
     n = 400_000
     x, at = torch.randn(n, generator=torch.Generator().manual_seed(0)), torch.arange(n, dtype=torch.int32)

@@ -87,12 +87,21 @@ def _row(options: SparseUpdateOptions, density: float, report: Callable[[str], N
     sparse.step()
     sparse.step()
 
+    old = p.grad
+    assert old is not None
+    random = torch.Generator().manual_seed(options.seed + 1)
+    other = torch.randn(options.numel, generator=random).mul_(0.6).add_(old, alpha=0.8)
+
     def refresh() -> None:
+        p.grad = other if p.grad is old else old  # another batch's, of correlation 0.8, so that the set moves
         sparse.param_groups[0]["chosen_density"] = 0.0  # a set chosen at another density is chosen anew
         sparse.step()
 
     report(f"density {density:g}: timing")
     refresh()
+    before = sparse.state[p]["positions"]
+    refresh()
+    new = int((~torch.isin(sparse.state[p]["positions"], before, assume_unique=True)).sum())
     runs: dict[str, list[float]] = {"dense": [], "step": [], "refresh": []}
     for _ in range(options.repeats):  # in turn, so that a busy moment does not meet one of them alone
         for name, run in (("dense", dense.step), ("step", sparse.step), ("refresh", refresh)):
@@ -106,7 +115,8 @@ def _row(options: SparseUpdateOptions, density: float, report: Callable[[str], N
 
     dense_state = sum(x.numel() * x.element_size() for x in dense.state[p].values())
     return {
-        "numel": options.numel, "density": density, "active": sparse.active_cells(), "threads": options.threads,
+        "numel": options.numel, "density": density, "active": sparse.active_cells(), "entered": new,
+        "threads": options.threads,
         "refresh_every": options.refresh_every, "best_s": best_s, "median_s": median_s, "runs": options.repeats,
         "amortised_s": {"best": round(amortised(best_s), 6), "median": round(amortised(median_s), 6)},
         "times_faster": {

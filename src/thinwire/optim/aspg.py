@@ -18,7 +18,7 @@ from thinwire.errors import MalformedError, MisuseError, RefuseError
 from thinwire.optim import kernels
 from thinwire.optim.flat import flat_pair, local
 from thinwire.optim.oracle import AdamStep, SGDStep
-from thinwire.optim.selection import Active, choose, merged
+from thinwire.optim.selection import Active, choose
 
 __all__ = ["ASPG"]
 
@@ -177,17 +177,21 @@ class ASPG(Optimizer):
         k = max(1, round(group["density"] * sum(g.numel() for g in gradients)))
         if all(g.numel() == 0 for g in gradients):
             return [self._moved(group, item, *_everything(item)) for item in work]
-        active = [Active(s["positions"], self._importance(group, s) * group["stickiness"]) for *_, s in work]
-        chosen = choose(gradients, active, k)
+        active = [Active(s["positions"], self._importance(group, s)) for *_, s in work]
+        hints = [s.get("threshold", 0.0) for *_, s in work if s["positions"].numel()]
+        chosen = choose(gradients, active, k, min(hints, default=0.0))
         if chosen is None:
             raise RefuseError("a gradient is infinite or NaN; nothing was changed. Skip this step, or clip before")
-        return [self._moved(group, item, stay, new) for item, (stay, new) in zip(work, chosen, strict=True)]
+        moved = [self._moved(group, item, stay, new) for item, (stay, new) in zip(work, chosen.parts, strict=True)]
+        for *_, state in moved:
+            state["threshold"] = chosen.threshold
+        return moved
 
     def _importance(self, group: dict[str, Any], state: State) -> torch.Tensor:
-        age = (state["step"] - state["entered"].double() + 1).clamp(min=1)
-        correction = (1 - group["betas"][1] ** age).float()
-        found: torch.Tensor = (state["exp_avg_sq"] / correction).sqrt()
-        return found
+        _, corrections = self._table(group, state["step"], state["exp_avg_sq"].device)
+        return kernels.importance(
+            state["exp_avg_sq"], state["entered"], state["step"], corrections, group["stickiness"]
+        )  # fmt: skip
 
     def _moved(self, group: dict[str, Any], item: Work, stay: torch.Tensor, new: torch.Tensor) -> Work:
         p, weights, gradient, old = item
@@ -199,7 +203,7 @@ class ASPG(Optimizer):
         if group["masters"] and weights.dtype != torch.float32:
             mine = old.get("masters", weights[old["positions"].long()].float())
             values.append((mine, weights[new.long()].float()))
-        moved = merged(old["positions"], stay, new, values)
+        moved = kernels.merged(old["positions"], stay, new, values)
         state = {"step": old["step"], **dict(zip((*_NAMES, "masters"), moved, strict=False))}
         return p, weights, gradient, state
 
@@ -233,17 +237,19 @@ class ASPG(Optimizer):
                 continue
             kernels.adam(weights, state["positions"], *arrays, state["step"], adam, state.get("masters"))
 
-    def _adam(
-        self, group: dict[str, Any], ages: int, lr: float, decay: float, device: torch.device
-    ) -> AdamStep:  # fmt: skip
+    def _table(self, group: dict[str, Any], ages: int, device: torch.device) -> tuple[list[float], torch.Tensor]:
+        """``1 - beta1^t`` and, float32, ``sqrt(1 - beta2^t)`` for t from 0 (not used) on."""
         beta1, beta2 = group["betas"]
         first, second = self._tables.setdefault((beta1, beta2), ([1.0], [1.0]))
         for age in range(len(first), min(ages, _AGES_MAX) + 1):
             first.append(1 - beta1**age)
             second.append((1 - beta2**age) ** 0.5)
+        return first, torch.tensor(second, dtype=torch.float64).float().to(device)
+
+    def _adam(self, group: dict[str, Any], ages: int, lr: float, decay: float, device: torch.device) -> AdamStep:
+        first, corrections = self._table(group, ages, device)
         rates = (lr / torch.tensor(first, dtype=torch.float64)).float().to(device)
-        corrections = torch.tensor(second, dtype=torch.float64).float().to(device)
-        return AdamStep(rates, corrections, beta1, beta2, group["eps"], decay, group["maximize"])
+        return AdamStep(rates, corrections, *group["betas"], group["eps"], decay, group["maximize"])
 
     # --- state ---
 
@@ -301,3 +307,10 @@ def _check_state(state: State, numel: int) -> None:
         raise MalformedError(
             f"active positions do not increase within a tensor of {numel} elements; is it this model's?"
         )
+    entered = state["entered"]
+    if entered.dtype != torch.int32 or (
+        at.numel() and not 1 <= int(entered.min()) <= int(entered.max()) <= state["step"]
+    ):
+        raise MalformedError("cells that entered in a step that has not been; the state is damaged")
+    if any(state[name].dtype != torch.float32 for name in ("exp_avg", "exp_avg_sq")):
+        raise MalformedError("moments are float32; the state is damaged")

@@ -6,7 +6,7 @@ All give the bits of :mod:`thinwire.optim.oracle`. On the CPU the active cells a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -18,7 +18,7 @@ from thinwire.errors import MisuseError
 from thinwire.optim import oracle
 from thinwire.optim.oracle import AdamStep, SGDStep
 
-__all__ = ["FLOATS", "adam", "adam_everywhere", "gather", "histogram", "sgd"]
+__all__ = ["FLOATS", "absent", "adam", "adam_everywhere", "gather", "histogram", "importance", "merged", "sgd"]
 
 FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Data types of weights and gradients, and their numbers in :mod:`thinwire.optim.kernels_cpu`."""
@@ -158,3 +158,61 @@ def histogram(x: torch.Tensor) -> npt.NDArray[np.int64]:
 
     summed: npt.NDArray[np.int64] = np.sum(_in_stripes(cells.size, _STRIPE_DENSE, count), 0)
     return summed
+
+
+def importance(
+    v: torch.Tensor, entered: torch.Tensor, now: int, corrections: torch.Tensor, factor: float
+) -> torch.Tensor:  # fmt: skip
+    """``factor`` times ``sqrt(v)`` [k], each over ``corrections`` at its cell's age; float32 [k].
+
+    >>> importance(torch.tensor([4.0]), torch.tensor([3], dtype=torch.int32), 3, torch.tensor([1.0, 0.5]), 2.0)
+    tensor([8.])
+    """
+    if v.device.type != "cpu":
+        return oracle.importance(v, entered, now, corrections, factor)
+    from thinwire.optim import kernels_cpu
+
+    out = torch.empty_like(v)
+    arrays, ends = [x.numpy() for x in (v, entered)], out.numpy()
+    table, by = corrections.numpy(), np.float32(factor)
+    _in_stripes(
+        v.numel(), _STRIPE_MIN, lambda s: kernels_cpu.importance(*(x[s] for x in arrays), now, table, by, ends[s])
+    )
+    return out
+
+
+def absent(of: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Those of ``positions`` that are not in ``of``, in order; both int32 and strictly increasing.
+
+    >>> absent(torch.tensor([1, 5], dtype=torch.int32), torch.tensor([0, 5, 7], dtype=torch.int32)).tolist()
+    [0, 7]
+    """
+    if of.device.type != "cpu":
+        return oracle.absent(of, positions)
+    from thinwire.optim import kernels_cpu
+
+    out = torch.empty_like(positions)
+    return out[: int(kernels_cpu.absent(of.numpy(), positions.numpy(), out.numpy()))]
+
+
+def merged(
+    positions: torch.Tensor, stay: torch.Tensor, new: torch.Tensor, values: Sequence[tuple[torch.Tensor, torch.Tensor]]
+) -> tuple[torch.Tensor, ...]:
+    """Positions that stay and new ones in order, and each of ``values`` (old ones [active], new ones [new]) with them.
+
+    >>> old, mask, new = torch.tensor([1, 5, 7]), torch.tensor([True, False, True]), torch.tensor([0, 6])
+    >>> merged(old, mask, new, [(torch.tensor([1.0, 5.0, 7.0]), torch.zeros(2))])
+    (tensor([0, 1, 6, 7]), tensor([0., 1., 0., 7.]))
+    """
+    if positions.device.type != "cpu":
+        return oracle.merged(positions, stay, new, values)
+    from thinwire.optim import kernels_cpu
+
+    out = torch.empty(int(stay.sum()) + new.numel(), dtype=positions.dtype)
+    source = torch.empty(out.numel(), dtype=torch.int32)
+    kernels_cpu.weave(positions.numpy(), stay.numpy(), new.numpy(), out.numpy(), source.numpy())
+    joined = [out]
+    for old, added in values:
+        joined.append(torch.empty(out.numel(), dtype=old.dtype))
+        kernels_cpu.pick(old.numpy(), added.numpy(), source.numpy(), joined[-1].numpy())
+    return tuple(joined)

@@ -13,11 +13,12 @@ from numba import njit
 
 from thinwire.wire.vector import prefetch
 
-__all__ = ["BF16", "F16", "F32", "adam", "gather", "sgd", "tally"]
+__all__ = ["BF16", "F16", "F32", "absent", "adam", "gather", "importance", "pick", "sgd", "tally", "weave"]
 
 F32, BF16, F16 = 0, 1, 2
 _AHEAD = 64
-_BLOCK = 512
+_BLOCK = 32  # two vectors: the arithmetic of one block then runs while lines for later ones are on their way
+_FAR = 128
 
 
 @njit(nogil=True, cache=True, inline="always")
@@ -94,35 +95,72 @@ def gather(cells, kind, positions, out):
     return odd == 0
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(nogil=True, cache=True, inline="always")
+def _at(positions, j):
+    return np.uint64(np.uint32(positions[j]))  # not negative: no wrapping round to look after
+
+
+def _adam_for(kind, held):
+    """The loop for one data type, with masters or without: where both are constants, all of it is straight vectors."""
+
+    @njit(nogil=True, cache=True, error_model="numpy")
+    def loop(cells, positions, gradient, m, v, entered, now, rates, corrections, numbers, masters, sign):
+        rest1, beta2, rest2, eps, decay = numbers[0], numbers[1], numbers[2], numbers[3], numbers[4]
+        oldest, next_step = np.int32(rates.shape[0] - 1), np.int32(now + 1)
+        w, rate, below = np.empty(_BLOCK, np.float32), np.empty(_BLOCK, np.float32), np.empty(_BLOCK, np.float32)
+        for block in range(positions.shape[0] // _BLOCK):
+            start = block * _BLOCK
+            end = start + _BLOCK
+            at, came, g, mb, vb = (
+                positions[start:end], entered[start:end], gradient[start:end], m[start:end], v[start:end],
+            )  # fmt: skip
+            far = min(start + _FAR, positions.shape[0] - _BLOCK)
+            ahead = positions[far : far + _BLOCK]
+            for j in range(_BLOCK):
+                prefetch(cells, np.int64(ahead[j]))
+            for j in range(_BLOCK):
+                age = np.uint64(np.uint32(min(np.int32(next_step - came[j]), oldest)))
+                w[j] = masters[start + j] if held else _load(cells, _at(at, j), kind)
+                rate[j] = rates[age]
+                below[j] = corrections[age]
+            for j in range(_BLOCK):  # nothing but arithmetic, for the processor's vectors
+                x = sign * g[j]
+                mj = _fused(rest1, x - mb[j], mb[j])
+                vj = _fused(rest2 * x, x, vb[j] * beta2)
+                mb[j] = mj
+                vb[j] = vj
+                w[j] = w[j] * decay - (rate[j] * mj) / (np.sqrt(vj) / below[j] + eps)
+            for j in range(_BLOCK):
+                _store(cells, _at(at, j), w[j], kind)
+                if held:
+                    masters[start + j] = w[j]
+
+    return loop
+
+
+_ADAM = {(kind, held): _adam_for(kind, held) for kind in (F32, BF16, F16) for held in (False, True)}
+
+
 def adam(
     cells, kind, positions, gradient, m, v, entered, now, rates, corrections, numbers, masters, maximize
 ):  # fmt: skip
     """``numbers`` is float32: 1 - beta1, beta2, 1 - beta2, eps, decay."""
-    rest1, beta2, rest2, eps, decay = numbers[0], numbers[1], numbers[2], numbers[3], numbers[4]
-    count, oldest, held = positions.shape[0], rates.shape[0] - 1, masters.shape[0] > 0
-    w, rate, below = np.empty(_BLOCK, np.float32), np.empty(_BLOCK, np.float32), np.empty(_BLOCK, np.float32)
-    sign = np.float32(-1) if maximize else np.float32(1)
-    for start in range(0, count, _BLOCK):
-        size = min(_BLOCK, count - start)
-        for j in range(size):
-            prefetch(cells, np.int64(positions[min(start + j + _AHEAD, count - 1)]))
-            age = min(now - np.int64(entered[start + j]) + 1, oldest)
-            w[j] = masters[start + j] if held else _load(cells, np.int64(positions[start + j]), kind)
-            rate[j] = -rates[age]
-            below[j] = corrections[age]
-        g, mb, vb = gradient[start : start + size], m[start : start + size], v[start : start + size]
-        for j in range(size):  # nothing but arithmetic, for the processor's vectors
-            x = sign * g[j]
-            mj = _fused(rest1, x - mb[j], mb[j])
-            vj = _fused(rest2 * x, x, vb[j] * beta2)
-            mb[j] = mj
-            vb[j] = vj
-            w[j] = w[j] * decay + (rate[j] * mj) / (np.sqrt(vj) / below[j] + eps)
-        for j in range(size):
-            _store(cells, np.int64(positions[start + j]), w[j], kind)
-            if held:
-                masters[start + j] = w[j]
+    held, count = masters.shape[0] > 0, positions.shape[0]
+    loop, shared = _ADAM[kind, held], (now, rates, corrections, numbers)
+    sign, whole = np.float32(-1 if maximize else 1), count // _BLOCK * _BLOCK
+    if whole:
+        loop(cells, positions, gradient, m, v, entered, *shared, masters, sign)
+    rest = count - whole
+    if rest:  # the last few in a block of their own, filled up with ones
+        own = [np.ones(_BLOCK, x.dtype) for x in (cells, gradient, m, v, entered, masters)]
+        mine = [x[whole:] for x in (gradient, m, v, entered, masters)]
+        own[0][:rest] = cells[positions[whole:]]
+        for filled, x in zip(own[1:], mine, strict=True):
+            filled[: x.shape[0]] = x
+        loop(own[0], np.arange(_BLOCK, dtype=np.int32), *own[1:5], *shared, own[5] if held else masters, sign)
+        cells[positions[whole:]] = own[0][:rest]
+        for filled, x in zip((own[2], own[3], own[5]), (mine[1], mine[2], mine[4]), strict=True):
+            x[:] = filled[: x.shape[0]]
 
 
 @njit(nogil=True, cache=True)
@@ -152,3 +190,52 @@ def tally(cells, shift, mask, counts):
     """Count cells by their leading bits without the sign; four rows of ``counts``, for neighbours are often alike."""
     for i in range(cells.shape[0]):
         counts[i & 3, (np.uint32(cells[i]) & mask) >> shift] += 1
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def importance(v, entered, now, corrections, factor, out):
+    """``sqrt(v)``, corrected for each cell's own age, times ``factor``."""
+    next_step, oldest = np.int64(now) + 1, np.int64(corrections.shape[0] - 1)
+    for j in range(v.shape[0]):
+        out[j] = corrections[np.uint64(min(next_step - np.int64(entered[j]), oldest))]
+    for j in range(v.shape[0]):
+        out[j] = np.sqrt(v[j]) / out[j] * factor
+
+
+@njit(nogil=True, cache=True)
+def absent(of, positions, out):
+    """Which of ``positions`` are not among those of ``of`` (both increase strictly), in ``out``; how many."""
+    i, count, end = 0, 0, of.shape[0]
+    for j in range(positions.shape[0]):
+        p = positions[j]
+        while i < end and of[i] < p:
+            i += 1
+        out[count] = p
+        count += not (i < end and of[i] == p)
+    return count
+
+
+@njit(nogil=True, cache=True)
+def weave(positions, stay, new, out, source):
+    """``positions`` that ``stay`` and ``new`` ones in order; where each comes from: its place there, or -1 less its
+    place among the new."""
+    i, j, count = 0, 0, positions.shape[0]
+    for at in range(out.shape[0]):
+        while i < count and not stay[i]:
+            i += 1
+        if j == new.shape[0] or (i < count and positions[i] < new[j]):
+            out[at] = positions[i]
+            source[at] = i
+            i += 1
+        else:
+            out[at] = new[j]
+            source[at] = -1 - j
+            j += 1
+
+
+@njit(nogil=True, cache=True)
+def pick(old, added, source, out):
+    """One array of values that goes with :func:`weave`."""
+    for at in range(source.shape[0]):
+        i = np.int64(source[at])
+        out[at] = old[i] if i >= 0 else added[-1 - i]

@@ -6,11 +6,12 @@ for-loop optimisers compute for a whole tensor is computed here for a few of its
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-__all__ = ["AdamStep", "SGDStep", "adam", "gather", "sgd"]
+__all__ = ["AdamStep", "SGDStep", "absent", "adam", "gather", "importance", "merged", "sgd"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,3 +121,37 @@ def sgd(
     weights[at] = new.to(weights.dtype)
     if masters is not None:
         masters.copy_(new)
+
+
+def importance(
+    v: torch.Tensor, entered: torch.Tensor, now: int, corrections: torch.Tensor, factor: float
+) -> torch.Tensor:  # fmt: skip
+    """``factor`` times ``sqrt(v)``, each over ``corrections`` at its cell's age."""
+    age = (now - entered.long() + 1).clamp(max=corrections.numel() - 1)
+    return _times(v.double().sqrt().float() / corrections[age], factor)
+
+
+def absent(of: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Those of ``positions`` that are not in ``of``; both increase strictly."""
+    if of.numel() == 0:
+        return positions
+    at = torch.searchsorted(of, positions).clamp(max=of.numel() - 1)
+    return positions[of[at] != positions]
+
+
+def merged(
+    positions: torch.Tensor, stay: torch.Tensor, new: torch.Tensor, values: Sequence[tuple[torch.Tensor, torch.Tensor]]
+) -> tuple[torch.Tensor, ...]:
+    """Positions that stay and new ones in order, and each of ``values`` (old [active], new [new]) with them."""
+    kept = positions[stay]
+    at_new = torch.arange(new.numel(), device=new.device) + torch.searchsorted(kept, new)
+    fresh = torch.zeros(kept.numel() + new.numel(), dtype=torch.bool, device=new.device)
+    fresh[at_new] = True
+
+    def join(old: torch.Tensor, added: torch.Tensor) -> torch.Tensor:
+        out = torch.empty(fresh.numel(), dtype=old.dtype, device=old.device)
+        out[fresh] = added
+        out[~fresh] = old
+        return out
+
+    return (join(kept, new), *(join(old[stay], added) for old, added in values))

@@ -14,12 +14,13 @@ from math import isnan
 import numpy as np
 import torch
 
-from thinwire.optim.kernels import histogram
+from thinwire.optim.kernels import absent, gather, histogram
 from thinwire.tensors.select import at_least, top_k
 
-__all__ = ["Active", "choose", "merged"]
+__all__ = ["Active", "Choice", "choose"]
 
 _TINY = 1.401298464324817e-45  # the smallest magnitude that is not zero
+_BELOW = 0.9  # thresholds fall slowly: of normal gradients, at 1 %, twice as many cells lie above
 _INFINITE = 0x7F80  # the leading bits of infinity; those of NaN are as large or larger
 
 
@@ -31,12 +32,14 @@ class Active:
     importance: torch.Tensor
 
 
-def _member(of: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """Which ``positions`` are among those of ``of``; both increase strictly."""
-    if of.numel() == 0:
-        return torch.zeros_like(positions, dtype=torch.bool)
-    at = torch.searchsorted(of, positions).clamp(max=of.numel() - 1)
-    return of[at] == positions
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """For each tensor, a mask [active] of the cells that stay and sorted positions int32 [new] of those that enter; the
+    smallest importance that was taken; whether as many as asked for were."""
+
+    parts: list[tuple[torch.Tensor, torch.Tensor]]
+    threshold: float
+    complete: bool
 
 
 def _bound(gradients: Sequence[torch.Tensor], wanted: int) -> float:
@@ -52,58 +55,48 @@ def _bound(gradients: Sequence[torch.Tensor], wanted: int) -> float:
 
 
 def choose(
-    gradients: Sequence[torch.Tensor], active: Sequence[Active], k: int
-) -> list[tuple[torch.Tensor, torch.Tensor]] | None:
-    """For each tensor, a mask [active] of the cells that stay and sorted positions int32 [new] of those that enter.
+    gradients: Sequence[torch.Tensor], active: Sequence[Active], k: int, hint: float = 0.0
+) -> Choice | None:  # fmt: skip
+    """The ``k`` cells of largest importance in all tensors; ties go to cells that are active, then to the first
+    tensor's lowest position. None, if any gradient is infinite or NaN.
 
-    Together they are the ``k`` cells of largest importance in all tensors; ties go to cells that are active, then to
-    the first tensor's lowest position. None, if any gradient is infinite or NaN.
-
-    Gradients are flat, of float32, bfloat16 or float16.
+    Gradients are flat, of float32, bfloat16 or float16. ``hint`` is about the threshold to expect, such as that of the
+    last choice; only the time depends on it.
 
     >>> grads = [torch.tensor([0.0, 3.0, 1.0]), torch.tensor([2.0, 0.0])]
     >>> none = Active(torch.empty(0, dtype=torch.int32), torch.empty(0))
-    >>> [(stay.tolist(), new.tolist()) for stay, new in choose(grads, [none, none], 2)]
-    [([], [1]), ([], [0])]
+    >>> found = choose(grads, [none, none], 2)
+    >>> [(stay.tolist(), new.tolist()) for stay, new in found.parts], found.threshold
+    ([([], [1]), ([], [0])], 2.0)
     """
-    held = sum(a.positions.numel() for a in active)
-    bound = _bound(gradients, k + held)
-    if isnan(bound):
-        return None
+    guess = hint * _BELOW
+    if _TINY < guess < float("inf"):
+        found = _among(gradients, active, k, guess, hint)
+        if found is None or (found.complete and found.threshold >= guess):
+            return found  # every cell that is not among the candidates lies below the guess
+    bound = _bound(gradients, k + sum(a.positions.numel() for a in active))
+    return None if isnan(bound) else _among(gradients, active, k, bound, None)
+
+
+def _among(
+    gradients: Sequence[torch.Tensor], active: Sequence[Active], k: int, bound: float, hint: float | None
+) -> Choice | None:
+    """The choice among what is active and the cells whose gradients reach ``bound``."""
     scores: list[torch.Tensor] = [a.importance for a in active]
     entrants = []
     for gradient, now in zip(gradients, active, strict=True):
-        cap = min(gradient.numel(), k + now.positions.numel())
-        found = at_least(gradient, bound, cap=cap)
-        found = found[~_member(now.positions, found)]
-        entrants.append(found)
-        scores.append(gradient[found.long()].float().abs())
+        found = at_least(gradient, bound, cap=min(gradient.numel(), k + now.positions.numel()))
+        new = absent(now.positions, found)
+        values, finite = gather(gradient, new)
+        if not finite or (hint is not None and not gather(gradient, found)[1]):
+            return None
+        entrants.append(new)
+        scores.append(values.abs_())
     joined = torch.cat(scores) if scores else torch.empty(0)
     taken = torch.zeros(joined.numel(), dtype=torch.bool, device=joined.device)
-    taken[top_k(joined, min(k, joined.numel())).indices.long()] = True
+    best = top_k(joined, min(k, joined.numel()), hint=hint)
+    taken[best.indices.long()] = True
     parts = torch.split(taken, [s.numel() for s in scores])
     count = len(entrants)
-    return [(parts[t], entrants[t][parts[count + t]]) for t in range(count)]
-
-
-def merged(
-    positions: torch.Tensor, stay: torch.Tensor, new: torch.Tensor, values: Sequence[tuple[torch.Tensor, torch.Tensor]]
-) -> tuple[torch.Tensor, ...]:
-    """Positions that stay and new ones in order, and each of ``values`` (old ones [active], new ones [new]) with them.
-
-    >>> old, mask, new = torch.tensor([1, 5, 7]), torch.tensor([True, False, True]), torch.tensor([0, 6])
-    >>> merged(old, mask, new, [(torch.tensor([1.0, 5.0, 7.0]), torch.zeros(2))])
-    (tensor([0, 1, 6, 7]), tensor([0., 1., 0., 7.]))
-    """
-    kept = positions[stay]
-    at_new = torch.arange(new.numel(), device=new.device) + torch.searchsorted(kept, new)
-    fresh = torch.zeros(kept.numel() + new.numel(), dtype=torch.bool, device=new.device)
-    fresh[at_new] = True
-
-    def join(old: torch.Tensor, added: torch.Tensor) -> torch.Tensor:
-        out = torch.empty(fresh.numel(), dtype=old.dtype, device=old.device)
-        out[fresh] = added
-        out[~fresh] = old
-        return out
-
-    return (join(kept, new), *(join(old[stay], added) for old, added in values))
+    pairs = [(parts[t], entrants[t][parts[count + t]]) for t in range(count)]
+    return Choice(pairs, best.threshold, joined.numel() >= k)
