@@ -1,0 +1,1 @@
+"""Federated rounds in few bytes: the protocol, for any framework. State dicts in, bytes out."""
