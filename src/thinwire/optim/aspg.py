@@ -15,7 +15,7 @@ import torch
 from torch.optim import Optimizer
 
 from thinwire.errors import MalformedError, MisuseError, RefuseError
-from thinwire.optim import kernels
+from thinwire.optim import kernels, residuals
 from thinwire.optim.flat import flat_pair, local
 from thinwire.optim.oracle import AdamStep, SGDStep
 from thinwire.optim.selection import Active, choose
@@ -45,7 +45,12 @@ def _check(group: dict[str, Any]) -> None:
     between("momentum", 0, 1, open_end=True)
     if group["refresh_every"] < 1 or group["stickiness"] < 1:
         raise MisuseError("refresh_every and stickiness must be at least 1")
-    for name, known in (("style", ("adam", "sgd")), ("scope", ("global", "tensor")), ("decay", ("active", "all"))):
+    for name, known in (
+        ("style", ("adam", "sgd")),
+        ("scope", ("global", "tensor")),
+        ("decay", ("active", "all")),
+        ("residual_dtype", tuple(residuals.DTYPES)),
+    ):
         if group[name] not in known:
             raise MisuseError(f"{name} must be {' or '.join(known)}, not {group[name]!r}")
     for p in group["params"]:
@@ -72,6 +77,10 @@ class ASPG(Optimizer):
         decay: AdamW's decay of the ``active`` cells only, or of ``all``, which is a pass over all weights.
         masters: float32 weights of the active cells of 16-bit tensors (4 bytes more each), so that small steps add up.
             What a cell's has beyond its rounding is lost when it leaves.
+        error_feedback: what is not applied of a gradient waits in a dense residual, is added to the next, and takes
+            part in the choice: importance is then the magnitude of that sum, for all cells. Nothing is lost:
+            ``sum(applied) + residual == sum(gradients)``. It costs 4 bytes of *every* weight (2 with
+            ``residual_dtype="bfloat16"``, rounded in each step) and two passes over the gradient in every step.
         nonfinite: ``raise`` or ``skip`` a step whose gradients that are used are infinite or NaN. ``skipped`` counts.
         maximize: as in torch.
         capturable, foreach: only for signatures' sake; True is refused.
@@ -92,7 +101,8 @@ class ASPG(Optimizer):
         eps: float = 1e-8, weight_decay: float = 0.01, style: str = "adam", momentum: float = 0.0,
         dampening: float = 0.0, nesterov: bool = False, refresh_every: int = 100, warmup_steps: int = 0,
         stickiness: float = 2.0, scope: str = "global", decay: str = "active", masters: bool = False,
-        nonfinite: str = "raise", maximize: bool = False, capturable: bool = False, foreach: bool | None = None,
+        error_feedback: bool = False, residual_dtype: str = "float32", nonfinite: str = "raise", maximize: bool = False,
+        capturable: bool = False, foreach: bool | None = None,
     ) -> None:  # fmt: skip
         if capturable:
             raise MisuseError(
@@ -108,7 +118,8 @@ class ASPG(Optimizer):
             "lr": lr, "density": density, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay,
             "style": style, "momentum": momentum, "dampening": dampening, "nesterov": nesterov,
             "refresh_every": refresh_every, "warmup_steps": warmup_steps, "stickiness": stickiness, "scope": scope,
-            "decay": decay, "masters": masters, "maximize": maximize, "steps": 0, "chosen_density": 0.0,
+            "decay": decay, "masters": masters, "maximize": maximize, "error_feedback": error_feedback,
+            "residual_dtype": residual_dtype, "steps": 0, "chosen_density": 0.0,
         }  # fmt: skip
         super().__init__(params, defaults)
 
@@ -134,7 +145,7 @@ class ASPG(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         try:
-            plans = [self._plan(group) for group in self.param_groups]
+            plans = self._plans()
         except RefuseError:
             if self.nonfinite == "raise":
                 raise
@@ -147,8 +158,21 @@ class ASPG(Optimizer):
 
     # --- what will be done: reads only ---
 
-    def _plan(self, group: dict[str, Any]) -> list[tuple[Work, torch.Tensor]]:
-        """Each tensor with its state after selection and its gradient at the active cells. Changes nothing."""
+    def _plans(self) -> list[list[tuple[Work, torch.Tensor]]]:
+        works = [self._work(group) for group in self.param_groups]
+        plans: dict[int, list[tuple[Work, torch.Tensor]]] = {}
+        # Residuals are added to in place: last, when nothing can be refused any more.
+        for feedback in (False, True):
+            mine = [i for i, group in enumerate(self.param_groups) if group["error_feedback"] is feedback]
+            if feedback:
+                items = [item for i in mine for item in works[i]]
+                residuals.check_sums([item[2] for item in items], [item[3].get("residual") for item in items])
+                for i in mine:
+                    works[i] = [self._compensated(self.param_groups[i], item) for item in works[i]]
+            plans |= {i: self._plan(self.param_groups[i], works[i]) for i in mine}
+        return [plans[i] for i in range(len(works))]
+
+    def _work(self, group: dict[str, Any]) -> list[Work]:
         work: list[Work] = []
         for p in group["params"]:
             if p.grad is None:
@@ -157,6 +181,17 @@ class ASPG(Optimizer):
                 raise MisuseError("ASPG takes dense gradients; for sparse embeddings use torch.optim.SparseAdam")
             weights, gradient = flat_pair(local(p), local(p.grad))
             work.append((p, weights, gradient, dict(self.state[p]) if p in self.state else _empty(weights)))
+        return work
+
+    def _compensated(self, group: dict[str, Any], item: Work) -> Work:
+        p, weights, gradient, state = item
+        if group["density"] == 1 and "residual" not in state:
+            return item  # all is applied
+        total = residuals.accumulate(gradient, state.get("residual"), group["residual_dtype"])
+        return p, weights, total, {**state, "residual": total}
+
+    def _plan(self, group: dict[str, Any], work: list[Work]) -> list[tuple[Work, torch.Tensor]]:
+        """Each tensor with its state after selection and its gradient at the active cells. Changes nothing."""
         now = group["steps"]
         due = now % group["refresh_every"] == 0 or now < group["warmup_steps"]
         if due or group["chosen_density"] != group["density"] or any(s["step"] == 0 for *_, s in work):
@@ -177,7 +212,7 @@ class ASPG(Optimizer):
         k = max(1, round(group["density"] * sum(g.numel() for g in gradients)))
         if all(g.numel() == 0 for g in gradients):
             return [self._moved(group, item, *_everything(item)) for item in work]
-        active = [Active(s["positions"], self._importance(group, s)) for *_, s in work]
+        active = [Active(s["positions"], self._importance(group, g, s)) for _, _, g, s in work]
         hints = [s.get("threshold", 0.0) for *_, s in work if s["positions"].numel()]
         chosen = choose(gradients, active, k, min(hints, default=0.0))
         if chosen is None:
@@ -187,7 +222,9 @@ class ASPG(Optimizer):
             state["threshold"] = chosen.threshold
         return moved
 
-    def _importance(self, group: dict[str, Any], state: State) -> torch.Tensor:
+    def _importance(self, group: dict[str, Any], gradient: torch.Tensor, state: State) -> torch.Tensor:
+        if group["error_feedback"]:  # what waits of the others has been added up, too
+            return kernels.gather(gradient, state["positions"])[0].abs_().mul_(group["stickiness"])
         _, corrections = self._table(group, state["step"], state["exp_avg_sq"].device)
         return kernels.importance(
             state["exp_avg_sq"], state["entered"], state["step"], corrections, group["stickiness"]
@@ -204,7 +241,7 @@ class ASPG(Optimizer):
             mine = old.get("masters", weights[old["positions"].long()].float())
             values.append((mine, weights[new.long()].float()))
         moved = kernels.merged(old["positions"], stay, new, values)
-        state = {"step": old["step"], **dict(zip((*_NAMES, "masters"), moved, strict=False))}
+        state = {**old, **dict(zip((*_NAMES, "masters"), moved, strict=False))}
         return p, weights, gradient, state
 
     # --- doing it: nothing in here can be refused ---
@@ -216,6 +253,8 @@ class ASPG(Optimizer):
         for (p, weights, _, state), values in plan:
             state["step"] += 1
             self.state[p] = state
+            if "residual" in state:
+                residuals.take_out(state["residual"], state["positions"])
             arrays = (values, state["exp_avg"], state["exp_avg_sq"], state["entered"])
             if group["style"] == "sgd":
                 step = SGDStep(
@@ -249,7 +288,8 @@ class ASPG(Optimizer):
     def _adam(self, group: dict[str, Any], ages: int, lr: float, decay: float, device: torch.device) -> AdamStep:
         first, corrections = self._table(group, ages, device)
         rates = (lr / torch.tensor(first, dtype=torch.float64)).float().to(device)
-        return AdamStep(rates, corrections, *group["betas"], group["eps"], decay, group["maximize"])
+        beta1, beta2 = group["betas"]
+        return AdamStep(rates, corrections, beta1, beta2, group["eps"], decay, group["maximize"])
 
     # --- state ---
 
@@ -298,7 +338,7 @@ def _everything(item: Work) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _check_state(state: State, numel: int) -> None:
     at = state.get("positions")
-    lengths = {x.numel() for x in state.values() if isinstance(x, torch.Tensor)}
+    lengths = {x.numel() for name, x in state.items() if isinstance(x, torch.Tensor) and name != "residual"}
     if at is None or at.dtype != torch.int32 or len(lengths) != 1 or not set(_NAMES) <= set(state):
         raise MalformedError(
             "this is no state of ASPG, or parts of it are missing; save it with optimizer.state_dict()"
@@ -307,6 +347,8 @@ def _check_state(state: State, numel: int) -> None:
         raise MalformedError(
             f"active positions do not increase within a tensor of {numel} elements; is it this model's?"
         )
+    if "residual" in state and state["residual"].numel() != numel:
+        raise MalformedError(f"a residual of {state['residual'].numel()} elements for a tensor of {numel}")
     entered = state["entered"]
     if entered.dtype != torch.int32 or (
         at.numel() and not 1 <= int(entered.min()) <= int(entered.max()) <= state["step"]

@@ -1,4 +1,4 @@
-# mypy: disable-error-code="call-arg"
+# mypy: disable-error-code="call-arg, no-untyped-call"
 """Sparse steps on any device: compiled by Numba on the CPU, torch's own operations elsewhere.
 
 All give the bits of :mod:`thinwire.optim.oracle`. On the CPU the active cells are cut into stripes, a thread each.
