@@ -112,7 +112,7 @@ def invert(
     """Pictures ``[N, *shape]`` in [0, 1] whose updates resemble ``seen`` [N, size]; all are looked for side by side.
 
     ``aware`` compares only where ``seen`` is not 0 and repeats the client's local steps; else all coordinates count,
-    and the update is taken for that of one step. Signed Adam steps with a falling rate, from grey noise, as in the paper.
+    and the update is taken for that of one step. Signed Adam steps with a falling rate, from grey noise.
 
     Raises:
         MisuseError: shapes do not fit.
@@ -172,15 +172,14 @@ class LearnedAttacker:
 
     def fit(self, images: Tensor, labels: Tensor, *, epochs: int = 20, batch: int = 64, lr: float = 1e-3) -> float:
         """Learn from public pictures ``[N, ...]`` in [0, 1]; returns the last epoch's mean square error."""
-        seen = torch.cat(
-            [self._updates.sent(i, y) for i, y in zip(images.split(batch), labels.split(batch), strict=True)]
-        )
+        parts = zip(torch.split(images, batch), torch.split(labels, batch), strict=True)
+        seen = torch.cat([self._updates.sent(some, of_them) for some, of_them in parts])
         seen = functional.normalize(seen, dim=1)
         optimiser = torch.optim.Adam(self._network.parameters(), lr=lr)
         loss = float("nan")
         for _ in range(epochs):
             total = 0.0
-            for rows in torch.randperm(len(images), generator=self._generator).split(batch):
+            for rows in torch.split(torch.randperm(len(images), generator=self._generator), batch):
                 error = functional.mse_loss(self._pictures(seen[rows]), images[rows])
                 optimiser.zero_grad()
                 error.backward()  # type: ignore[no-untyped-call]
