@@ -27,8 +27,8 @@ def test_imports_go_down_only() -> None:
 
 def test_the_public_surface_is_what_it_was() -> None:
     assert thinwire.__all__ == [
-        "ApplyResult", "Consumer", "PublishReport", "Publisher", "SparseTaskRouter", "SparsityTracker",
-        "ThinwireError", "Version", "__version__", "merge", "open_store", "optim",
+        "ApplyResult", "Consumer", "PublishReport", "Publisher", "SparseSync", "SparseSyncMod", "SparseTaskRouter",
+        "SparsityTracker", "ThinwireError", "Version", "__version__", "merge", "open_store", "optim",
     ]  # fmt: skip
     for name in thinwire.__all__:
         assert getattr(thinwire, name) is not None
@@ -51,6 +51,7 @@ OPTIONAL = {
     "PIL": {"lab"},
     "curvlinops": {"probe"},
     "datasets": {"lab"},
+    "flwr": {"integrations"},
     "fsspec": {"stores"},
     "gguf": {"lab"},
     "lightning": {"integrations"},

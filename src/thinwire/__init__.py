@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from thinwire import merge, optim
     from thinwire.errors import ThinwireError
+    from thinwire.integrations.flower import SparseSync
+    from thinwire.integrations.flower_mod import SparseSyncMod
     from thinwire.integrations.router import SparseTaskRouter
     from thinwire.probe.tracker import SparsityTracker
     from thinwire.stores import open_store
@@ -27,6 +29,8 @@ __all__ = [
     "Consumer",
     "PublishReport",
     "Publisher",
+    "SparseSync",
+    "SparseSyncMod",
     "SparseTaskRouter",
     "SparsityTracker",
     "ThinwireError",
@@ -42,6 +46,8 @@ _HOMES = {
     "Consumer": "thinwire.sync.consumer",
     "PublishReport": "thinwire.sync.publisher",
     "Publisher": "thinwire.sync.publisher",
+    "SparseSync": "thinwire.integrations.flower",
+    "SparseSyncMod": "thinwire.integrations.flower_mod",
     "SparseTaskRouter": "thinwire.integrations.router",
     "SparsityTracker": "thinwire.probe.tracker",
     "ThinwireError": "thinwire.errors",
