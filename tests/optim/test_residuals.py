@@ -7,7 +7,7 @@ import io
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from thinwire.errors import MalformedError, MisuseError, RefuseError
@@ -29,6 +29,7 @@ def left(optimizer: ASPG, p: torch.nn.Parameter) -> torch.Tensor:
     return found
 
 
+@settings(max_examples=40)
 @given(
     st.lists(st.integers(0, 40), min_size=1, max_size=3),
     st.sampled_from([0.05, 0.3, 1.0]),
@@ -52,6 +53,7 @@ def test_nothing_is_lost(
             assert torch.equal(left(optimizer, p) - p.detach(), total)
 
 
+@settings(max_examples=20)
 @given(st.sampled_from(["float32", "bfloat16"]), st.integers(0, 2**32))
 def test_nothing_is_lost_but_rounding(dtype: str, seed: int) -> None:
     (p,) = params = zeros(64)

@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 
 from thinwire.bench.accuracy_report import accuracy
+from thinwire.bench.convergence_cli import convergence
 from thinwire.bench.instruments_cli import instruments
 from thinwire.bench.merge_cli import merge
 from thinwire.bench.selection_cli import selection
@@ -29,6 +30,7 @@ __all__ = ["app"]
 
 app = typer.Typer(help="Measure thinwire beside what others send.", no_args_is_help=True, add_completion=False)
 app.command()(accuracy)
+app.command()(convergence)
 app.command()(instruments)
 app.command()(merge)
 app.command()(selection)
