@@ -244,6 +244,8 @@ def rounded(values: Tensor, name: str) -> Tensor:
     >>> rounded(torch.tensor([1e-7, 1.0 + 1e-4]), "float16")
     tensor([1.0000e-07, 1.0000e+00])
     """
+    if not values.numel():
+        return values.clone()
     codec = value_codec(name)
     scale = _scale(values, codec)
     packed = codec.encode(torch.ldexp(values, torch.tensor(scale)), 0)
@@ -274,11 +276,12 @@ def encode_sparse(
     put_varint(out, numel)
     _put_positions(out, positions.numpy().astype(np.uint32), numel)
     out += struct.pack("<Bb", VALUES.index(name), scale)
-    packed = codec.encode(torch.ldexp(values, torch.tensor(scale)), 0).numpy()
-    if isinstance(codec, Float32 | Float16 | BFloat16):
-        _put_words(out, packed.view(f"u{packed.size // max(1, values.numel()) or 2}"))
-    else:
-        out += packed.tobytes()
+    if values.numel():
+        packed = codec.encode(torch.ldexp(values, torch.tensor(scale)), 0).numpy()
+        if isinstance(codec, Float32 | Float16 | BFloat16):
+            _put_words(out, packed.view(f"u{codec.dtype.itemsize}"))
+        else:
+            out += packed.tobytes()
     _put_whole(out, whole or {})
     return _sealed(SPARSE, sequence, base, result, out)
 
@@ -297,12 +300,13 @@ def decode_sparse(frame: Frame, layout: ModelLayout) -> Sparse:
     if kind >= len(VALUES):
         raise UnsupportedError(f"values of codec {kind} are unknown; upgrade thinwire", codec=kind)
     codec = value_codec(VALUES[kind])
-    size = codec.size(positions.size)
-    if isinstance(codec, Float32 | Float16 | BFloat16):
-        packed = _get_words(cursor, positions.size, codec.dtype.itemsize).view(np.uint8)
-    else:
-        packed = np.frombuffer(cursor.take(size), np.uint8).copy()
-    values = torch.ldexp(codec.decode(torch.from_numpy(packed), positions.size), torch.tensor(-scale))
+    values = torch.empty(0)
+    if positions.size:
+        if isinstance(codec, Float32 | Float16 | BFloat16):
+            packed = _get_words(cursor, positions.size, codec.dtype.itemsize).view(np.uint8)
+        else:
+            packed = np.frombuffer(cursor.take(codec.size(positions.size)), np.uint8).copy()
+        values = torch.ldexp(codec.decode(torch.from_numpy(packed), positions.size), torch.tensor(-scale))
     if not bool(values.isfinite().all()):
         raise MalformedError("an update holds a value that is not finite")
     whole = _get_whole(cursor, layout)
