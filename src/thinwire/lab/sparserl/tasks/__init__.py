@@ -1,0 +1,1 @@
+"""One task a file; its name is the file's, and ``TASK`` in it makes problems and scores answers."""
