@@ -20,6 +20,7 @@ from thinwire.bench.selection_cli import selection
 from thinwire.bench.signal_report import signal
 from thinwire.bench.skips_cli import skips
 from thinwire.bench.sparse_update_cli import sparse_update
+from thinwire.bench.sparserl_cli import app as sparserl
 from thinwire.bench.suite_cli import merge_suite
 from thinwire.bench.switch_cli import switch
 
@@ -38,6 +39,7 @@ app.command()(signal)
 app.command()(skips)
 app.command()(switch)
 app.command("merge-suite")(merge_suite)
+app.add_typer(sparserl, name="sparserl")
 app.command("sparse-update")(sparse_update)
 
 
