@@ -14,6 +14,7 @@ from rich.console import Console
 
 from thinwire.bench.accuracy_report import accuracy
 from thinwire.bench.convergence_cli import convergence
+from thinwire.bench.federated_cli import federated, inversion
 from thinwire.bench.instruments_cli import instruments
 from thinwire.bench.merge_cli import merge
 from thinwire.bench.selection_cli import selection
@@ -32,7 +33,9 @@ __all__ = ["app"]
 app = typer.Typer(help="Measure thinwire beside what others send.", no_args_is_help=True, add_completion=False)
 app.command()(accuracy)
 app.command()(convergence)
+app.command()(federated)
 app.command()(instruments)
+app.command()(inversion)
 app.command()(merge)
 app.command()(selection)
 app.command()(signal)

@@ -118,7 +118,7 @@ def value_codec(name: str | ValueCodec) -> ValueCodec:
     """
     if isinstance(name, ValueCodec):
         return name
-    from thinwire.compress.quantize import Float8, Int8  # they stand on this file
+    from thinwire.compress.quantize import Float8, Int8, Sign  # they stand on this file
 
     names: dict[str, type[ValueCodec]] = {
         "float32": Float32,
@@ -126,6 +126,7 @@ def value_codec(name: str | ValueCodec) -> ValueCodec:
         "float16": Float16,
         "int8": Int8,
         "float8": Float8,
+        "sign": Sign,
     }
     if name not in names:
         raise MisuseError(f"no value codec is called {name!r}; there are {', '.join(names)}", name=name)

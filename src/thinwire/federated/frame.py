@@ -50,7 +50,7 @@ __all__ = [
 ]
 
 ANCHOR, SPARSE, CELLS = 0, 1, 2
-VALUES = ("float32", "float16", "bfloat16", "int8", "float8")
+VALUES = ("float32", "float16", "bfloat16", "int8", "float8", "sign")
 _HEADER = struct.Struct("<2sBBI16s16s")
 _MAGIC, _VERSION, _CHECK = b"tw", 1, 8
 FRAME_OVERHEAD = _HEADER.size + _CHECK
