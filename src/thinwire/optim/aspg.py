@@ -192,9 +192,7 @@ class ASPG(Optimizer):
 
     def _plan(self, group: dict[str, Any], work: list[Work]) -> list[tuple[Work, torch.Tensor]]:
         """Each tensor with its state after selection and its gradient at the active cells. Changes nothing."""
-        now = group["steps"]
-        due = now % group["refresh_every"] == 0 or now < group["warmup_steps"]
-        if due or group["chosen_density"] != group["density"] or any(s["step"] == 0 for *_, s in work):
+        if self._due(group) or any(s["step"] == 0 for *_, s in work):
             parts = [work] if group["scope"] == "global" else [[w] for w in work]
             work = [done for part in parts for done in self._refresh(group, part)]
         plan = []
@@ -204,6 +202,23 @@ class ASPG(Optimizer):
                 raise RefuseError("a gradient is infinite or NaN; nothing was changed. Skip this step, or clip before")
             plan.append((item, values))
         return plan
+
+    @staticmethod
+    def _due(group: dict[str, Any]) -> bool:
+        now = group["steps"]
+        early: bool = now % group["refresh_every"] == 0 or now < group["warmup_steps"]
+        return early or group["chosen_density"] != group["density"]
+
+    def needed(self, p: torch.Tensor) -> torch.Tensor | None:
+        """Which cells of ``p``'s gradient the next step looks at: positions in the order of memory, int32 [k], strictly
+        increasing; None, if at all of them. Between selections the values of all others are of no account."""
+        group = next((g for g in self.param_groups if any(p is q for q in g["params"])), None)
+        if group is None or group["error_feedback"] or self._due(group):
+            return None
+        if any(q.requires_grad and q not in self.state for q in group["params"]):
+            return None  # one that is new makes the whole group choose anew
+        found: torch.Tensor = self.state[p]["positions"]
+        return found
 
     def _refresh(self, group: dict[str, Any], work: list[Work]) -> list[Work]:
         gradients = [gradient for _, _, gradient, _ in work]
