@@ -26,9 +26,10 @@ app = ServerApp()
 def main(grid, context):
     sync = SparseSync(ordered(), density=0.1, down_density=0.3, anchor_every=3)
     result = sync.start(grid, initial(), num_rounds=4)
-    torch.save({"arrays": {k: a.data for k, a in result.arrays.items()},
-                "payloads": {str(k): v for k, v in sync.ledger.by("round", "direction", "kind").items() if k[2] != "header"}},
-               sys.argv[1])
+    arrays = {k: a.data for k, a in result.arrays.items()}
+    sums = sync.ledger.by("round", "direction", "kind")
+    payloads = {str(k): v for k, v in sums.items() if k[2] != "header"}
+    torch.save({"arrays": arrays, "payloads": payloads}, sys.argv[1])
 
 config = {"client_resources": {"num_cpus": 1, "num_gpus": 0.0}, "init_args": {"num_cpus": 2}}
 run_simulation(app, sparse_app, num_supernodes=3, backend_config=config)

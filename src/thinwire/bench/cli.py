@@ -15,6 +15,7 @@ from rich.console import Console
 from thinwire.bench.accuracy_report import accuracy
 from thinwire.bench.convergence_cli import convergence
 from thinwire.bench.federated_cli import federated, inversion
+from thinwire.bench.federated_wire_cli import federated_wire
 from thinwire.bench.instruments_cli import instruments
 from thinwire.bench.merge_cli import merge
 from thinwire.bench.selection_cli import selection
@@ -41,6 +42,7 @@ app.command()(selection)
 app.command()(signal)
 app.command()(skips)
 app.command()(switch)
+app.command("federated-wire")(federated_wire)
 app.command("merge-suite")(merge_suite)
 app.add_typer(sparserl, name="sparserl")
 app.command("sparse-update")(sparse_update)

@@ -1,0 +1,1 @@
+"""A Flower app: handwritten digits, learnt by clients that send little."""
