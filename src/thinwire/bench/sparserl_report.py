@@ -93,9 +93,10 @@ def _comparisons(summaries: Sequence[Summary]) -> list[Comparison]:
 
 
 def _comparison(found: Comparison) -> Row:
+    student = [found.student.low, found.student.high] if found.student.count > 1 else None
     return {
         "method": found.method, "against": found.against, "verdict": found.verdict,
-        "bootstrap": _estimate(found.bootstrap), "student": [found.student.low, found.student.high],
+        "bootstrap": _estimate(found.bootstrap), "student": student,
     }  # fmt: skip
 
 
@@ -113,10 +114,13 @@ def finding(summaries: Sequence[Summary]) -> str:
         "worse": "ASPG's 1 % of the weights is worse than a random 1 %",
         "undecided": "ASPG's 1 % of the weights is not shown to be better than a random 1 %",
     }[found.verdict]
+    student = "of one seed Student's interval has no end"
+    if found.student.count > 1:
+        low, high = 100 * found.student.low, 100 * found.student.high
+        student = f"Student's over {found.student.count} seeds {low:+.1f} to {high:+.1f}"
     return (
         f"{text}: paired difference of the held-out score {_points(found.bootstrap)}, 95 % bootstrap interval over "
-        f"{found.bootstrap.count} pairs of runs; Student's over {found.student.count} seeds "
-        f"{100 * found.student.low:+.1f} to {100 * found.student.high:+.1f}."
+        f"{found.bootstrap.count} pairs of runs; {student}."
     )
 
 
