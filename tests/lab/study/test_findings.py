@@ -126,20 +126,26 @@ def test_a_subnetwork_of_its_own_is_more_overlap_than_with_random_gradients() ->
     assert "overlap" not in by_name(made_up(learning))
 
 
-def test_curvature_that_goes_with_density_is_found() -> None:
-    summaries = made_up(learning)
-    for summary in summaries:
-        sharp = summary["shares"]["1"][0]
-        summary["curvature"] = [
-            dict.fromkeys(("hessian_trace", "hessian_largest", "fisher_trace", "fisher_largest"), value)
-            for value in (sharp, 2 * sharp)
-        ]
-    assert by_name(summaries)["curvature"].verdict == "supported"
-    for summary in summaries:
-        summary["curvature"][0] = {name: -value for name, value in summary["curvature"][0].items()}
-    found = by_name(summaries)["curvature"]
-    assert found.verdict == "refuted"
+def test_curvature_that_goes_with_density_is_found_over_starts() -> None:
+    def world(sign: float) -> list[Summary]:
+        found = []
+        for size in ("small", "mid", "large"):
+            for summary in made_up(learning, seeds=5):
+                if summary["objective"] == "pretrain" or summary["control"] != "none":
+                    continue
+                share = 1 + 0.05 * summary["seed"]
+                sharp = {"small": 1.0, "mid": 10.0, "large": 100.0}[size] * (1 + sign * 0.1 * summary["seed"])
+                curved = dict.fromkeys(("hessian_trace", "hessian_largest", "fisher_trace", "fisher_largest"), sharp)
+                observed, null = summary["shares"]["1"]
+                shares = summary["shares"] | {"1": [share * observed, null]}
+                found.append(summary | {"size": size, "shares": shares, "curvature": [curved, curved]})
+        return found
+
+    found = by_name(world(1.0))["curvature"]
+    assert found.verdict == "supported"
+    assert found.lines[0].estimate.count == 15  # starts, not runs
     assert "rl: trace of the objective's Hessian after" in [line.label for line in found.lines]
+    assert by_name(world(-1.0))["curvature"].verdict == "refuted"
     assert "curvature" not in by_name(made_up(learning))
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
-from thinwire.lab.study.evidence import AXES, Finding, Line, Table, centred, density_of, flat, per_cent, verdict_of
+from thinwire.lab.study.evidence import AXES, Finding, Line, Table, centred, density_of, per_cent, verdict_of
 from thinwire.lab.study.statistics import correlation, mean_of
 
 __all__ = ["curved_starts", "same_weights"]
@@ -74,31 +75,46 @@ def same_weights(table: Table) -> Finding:
 
 
 def curved_starts(table: Table) -> Finding:
-    """Whether the curvature where a run starts goes with how many weights it changes."""
+    """Whether the curvature where a run starts goes with how many weights it changes. Starts are the unit: what runs
+    from one start changed, each relative to its condition's mean, is averaged."""
     lines: list[Line] = []
-    density, sharpness = [], []
+    density: dict[tuple[Any, ...], list[float]] = {}
+    sharpness: dict[tuple[Any, ...], float] = {}
     for axes, runs in table.conditions():
-        curved = [run for run in runs.values() if run.get("curvature")]
-        if not curved or axes["control"] != "none" or axes["objective"] == "pretrain":
+        curved = {seed: run for seed, run in runs.items() if run.get("curvature")}
+        plain = (axes["control"], axes["enforce"], axes["weights"]) == ("none", "none", "masters")
+        if len(curved) < 2 or not plain or axes["objective"] == "pretrain":
             continue
-        if len(curved) > 1:
-            density.append(centred([density_of(run) for run in curved]))
-            sharpness.append(centred([run["curvature"][0]["fisher_largest"] for run in curved]))
+        mean = sum(density_of(run) for run in curved.values()) / len(curved)
+        for seed, run in curved.items():
+            start = (axes["size"], axes["start"] or axes["task"], seed)
+            density.setdefault(start, []).append(density_of(run) / max(mean, 1e-12))
+            sharpness[start] = run["curvature"][0]["fisher_largest"]
     for objective in ("rl", "sft", "pretrain"):
         measured = [run["curvature"] for run in table.seeds(objective=objective).values() if run.get("curvature")]
         for key, title in _CURVATURES.items():
             for at, when in ((0, "before"), (1, "after")):
-                if measured and not (at == 0 and objective == "sft"):  # the same weights as RL's
-                    lines.append(Line(f"{objective}: {title} {when}", mean_of([run[at][key] for run in measured])))
-    if sum(map(len, density)) < 12:
-        return Finding("curvature", "", "undecided", "The curvature of too few runs was measured.")
-    within = correlation(flat(density), flat(sharpness))
+                values = [run[at][key] for run in measured]
+                if any(values) and not (at == 0 and objective == "sft"):  # the same weights as RL's
+                    lines.append(Line(f"{objective}: {title} {when}", mean_of(values)))
+    groups = {start[:2] for start in sharpness}
+    pairs = []
+    for group in groups:
+        starts = [start for start in sharpness if start[:2] == group]
+        sharp = centred([math.log(max(sharpness[start], 1e-12)) for start in starts])
+        pairs += [
+            (sum(density[start]) / len(density[start]), value) for start, value in zip(starts, sharp, strict=True)
+        ]
+    if len(pairs) < 12:
+        return Finding("curvature", "", "undecided", "The curvature of too few starts was measured.")
+    within = correlation([pair[0] for pair in pairs], [pair[1] for pair in pairs])
     lines.insert(0, Line("Spearman, density and the policy's largest eigenvalue at the start", within))
     return Finding(
         "curvature", "the sharper the start, the more weights a step changes",
         verdict_of(within.low > 0, within.high < 0, [within]),
-        f"Within a condition, density and the largest eigenvalue of the policy's Fisher matrix at the start correlate "
-        f"by {within.value:+.2f} ({within.low:+.2f} to {within.high:+.2f}).",
+        f"Over {within.count} starts of {len(groups)} kinds (size, task), the density of runs from a start, relative "
+        "to that of others of its kind, and the largest eigenvalue of its policy's Fisher matrix correlate by "
+        f"{within.value:+.2f} ({within.low:+.2f} to {within.high:+.2f}).",
         tuple(lines),
     )  # fmt: skip
 
