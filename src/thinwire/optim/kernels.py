@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -80,7 +81,12 @@ def adam(
     """
     kind = _kind(weights)
     if weights.device.type != "cpu":
-        oracle.adam(weights, positions, gradient, m, v, entered, now, step, masters)
+        on_device = oracle.adam
+        if weights.device.type == "cuda" and find_spec("triton") is not None:
+            from thinwire.optim import kernels_triton
+
+            on_device = kernels_triton.adam
+        on_device(weights, positions, gradient, m, v, entered, now, step, masters)
         return
     from thinwire.optim import kernels_cpu
 
