@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -96,9 +97,84 @@ def test_groups_and_schedulers_are_the_inner_ones() -> None:
     assert params[0].grad is None
 
 
+def rows_frozen(every: int = 10, probe_every: int = 5) -> tuple[torch.nn.Parameter, MomentumGuided]:
+    """Of four rows, the odd ones' gradients turn their signs."""
+    p = torch.nn.Parameter(torch.ones(4, 16))
+    guided = MomentumGuided(
+        torch.optim.AdamW([p]), freeze_below=0.2, every=every, probe_every=probe_every, granularity="row"
+    )
+    for step in range(every):
+        p.grad = alternating(step)
+        guided.step()
+    assert (guided.frozen_rows(), guided.frozen_tensors()) == (2, 0)
+    return p, guided
+
+
+def alternating(step: int) -> torch.Tensor:
+    return torch.tensor([1.0, (-1.0) ** step, 1.0, (-1.0) ** step])[:, None].expand(4, 16).clone()
+
+
+def test_rows_without_direction_rest_and_the_others_step_as_ever() -> None:
+    p, guided = rows_frozen()
+    other = torch.nn.Parameter(p.detach().clone())
+    plain = torch.optim.AdamW([other])
+    plain.load_state_dict(copy.deepcopy(guided.inner.state_dict()))
+    before, moments = p.detach().clone(), guided.state[p]["exp_avg"].clone()
+    p.grad = other.grad = alternating(10)
+    guided.step()
+    plain.step()
+    assert torch.equal(p[[1, 3]], before[[1, 3]])
+    assert torch.equal(guided.state[p]["exp_avg"][[1, 3]], moments[[1, 3]])
+    assert torch.equal(p[[0, 2]], other[[0, 2]])
+    assert not torch.equal(p[[0, 2]], before[[0, 2]])
+
+
+@settings(max_examples=15)
+@given(st.integers(1, 12), st.integers(0, 12), st.sampled_from([100.0, float("nan")]))
+def test_a_row_that_jumps_wakes_alone(probe_every: int, calm: int, size: float) -> None:
+    p, guided = rows_frozen(19, probe_every)
+    for step in range(calm):
+        p.grad = alternating(step)
+        guided.step()
+    before = p.detach().clone()
+    for step in range(probe_every):
+        p.grad = alternating(step)
+        p.grad[1] = size
+        guided.step()
+    assert not torch.equal(p[1], before[1])
+    assert torch.equal(p[3], before[3])
+
+
+def test_resting_rows_are_saved_and_a_tensor_of_them_is_left_out() -> None:
+    p, guided = rows_frozen()
+    other = torch.nn.Parameter(p.detach().clone())
+    loaded = MomentumGuided(torch.optim.AdamW([other]), freeze_below=0.2, granularity="row")
+    saved = guided.state_dict()
+    loaded.load_state_dict(copy.deepcopy(saved))
+    assert loaded.frozen_rows() == 2
+    loaded._rows[other].fill_(1.0)
+    other.grad = torch.full((4, 16), 0.01)
+    steps = float(loaded.state[other]["step"])
+    loaded.step()
+    assert torch.equal(other, p)
+    assert float(loaded.state[other]["step"]) == steps
+    assert loaded.frozen_tensors() == 1
+    saved["rows"][0] = torch.zeros(3)
+    with pytest.raises(MalformedError, match="rows"):
+        loaded.load_state_dict(saved)
+
+
 @pytest.mark.parametrize(
-    "bad", [{"freeze_below": -0.1}, {"freeze_below": 2.0}, {"every": 0}, {"probe_every": 0}, {"jump": 0.5}]
-)
+    "bad",
+    [
+        {"granularity": "cell"},
+        {"freeze_below": -0.1},
+        {"freeze_below": 2.0},
+        {"every": 0},
+        {"probe_every": 0},
+        {"jump": 0.5},
+    ],
+)  # fmt: skip
 def test_misuse_is_refused(bad: dict[str, Any]) -> None:
     with pytest.raises(MisuseError):
         MomentumGuided(torch.optim.AdamW(pair()), **({"freeze_below": 0.1} | bad))
