@@ -1,8 +1,8 @@
 """Leave out what an Adam-like optimiser is done with: tensors, or rows, whose momentum is small against its own noise.
 
 The signal of a tensor (or row) is ``|m| / |sqrt(v)|``, norms of Adam's bias-corrected moments: 1 where gradients are
-the same, ``sqrt((1 - beta1) / (1 + beta1))`` (0.23 for 0.9) for noise without direction. A frozen tensor is not stepped and
-its moments rest; every ``probe_every`` steps its gradient is held against the size it had when it was frozen.
+the same, ``sqrt((1 - beta1) / (1 + beta1))`` (0.23 for 0.9) for noise without direction. A frozen tensor is not stepped
+and its moments rest; every ``probe_every`` steps its gradient is held against the size it had when it was frozen.
 """
 
 from __future__ import annotations
@@ -121,8 +121,8 @@ class MomentumGuided(Optimizer):
         for p, usual in self._rows.items():
             if p.grad is not None:
                 usual[~(_row_norms(p.grad) <= self.jump * usual)] = float("nan")
-        for p, usual in list(self._frozen.items()):
-            if p.grad is not None and not float(p.grad.float().norm()) <= self.jump * usual:
+        for p, norm in list(self._frozen.items()):
+            if p.grad is not None and not float(p.grad.float().norm()) <= self.jump * norm:
                 del self._frozen[p]
 
     def _freeze(self) -> None:
