@@ -27,7 +27,7 @@ from thinwire.probe.tracker import SparsityTracker
 __all__ = ["ALGORITHMS", "Cell", "DivergedError", "Learner", "train"]
 
 ALGORITHMS = ("grpo", "ppo", "trl-grpo", "trl-rloo")
-_FLOPS_AT = (1, 2)  # of so many first steps; the rest cost the same but for the length of answers
+_FLOPS_AT = 1  # step at which they are counted; the others cost the same but for the length of answers
 _TUNE_SEED = -3
 
 
@@ -147,7 +147,7 @@ def train(cell: Cell, starts: Path) -> dict[str, Any]:
 
     The record: ``status`` (``success``, or ``diverged`` with what went wrong in ``error``); ``before`` and ``after`` of
     the task and by name of ``others`` (rewards ``sampled`` and ``greedy``, ``loss`` of right answers); ``steps``, a row
-    each (reward, loss, and those of :class:`Learner`); ``flops`` of the run, estimated from its first steps;
+    each (reward, loss, and those of :class:`Learner`); ``flops`` of the run, estimated from its first step;
     ``optimiser_bytes``, ``whole_bytes`` (all that is published, once), ``trainable`` and ``total`` numbers.
 
     Raises:
@@ -200,13 +200,13 @@ def _learn(cell: Cell, recipe: Recipe, learner: Learner, curve: list[dict[str, f
         if not math.isfinite(report.loss):
             raise DivergedError(f"the loss is {report.loss} in step {len(curve)}")
 
-    counted: list[int] = []
+    flops = 0
     for number in range(1, cell.steps + 1):
-        if number <= _FLOPS_AT[-1] and cell.part == "test":
-            counted.append(_flops(step)[1])
+        if number == _FLOPS_AT and cell.part == "test":
+            flops = _flops(step)[1] * cell.steps
         else:
             step()
-    return round(sum(counted) / len(counted) * cell.steps) if counted else 0
+    return flops
 
 
 def _scores(cell: Cell, prepared: Prepared) -> dict[str, Any]:
