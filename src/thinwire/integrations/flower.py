@@ -57,7 +57,7 @@ class SparseSync(flower.Strategy):
         strategy: any strategy of ``flwr.serverapp.strategy`` on one ArrayRecord. Wrappers for server-side privacy go
             inside: ``SparseSync(DifferentialPrivacyServerSideFixedClipping(FedAvg(), ...))``.
         density: share of elements that a client sends, or a schedule of it (a step is a round).
-        values: how values travel: float32, float16, bfloat16, int8, float8.
+        values: how values travel: float32, float16, bfloat16, int8, float8, sign.
         feedback: ``"residual"``, ``"ef21"`` or ``"none"``.
         layers: who shares the density: ``"global"``, ``"energy"``, ``"sensitivity"``, ``"even"``.
         down_density: share that a model's new version changes; by default five times the density.
