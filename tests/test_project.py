@@ -51,7 +51,7 @@ OPTIONAL = {
     "PIL": {"lab"},
     "curvlinops": {"probe"},
     "datasets": {"lab"},
-    "flwr": {"integrations"},
+    "flwr": {"bench", "integrations"},
     "fsspec": {"stores"},
     "gguf": {"lab"},
     "lightning": {"integrations"},
