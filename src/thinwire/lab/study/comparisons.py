@@ -97,7 +97,7 @@ def curved_starts(table: Table) -> Finding:
                 values = [run[at][key] for run in measured]
                 if any(values) and not (at == 0 and objective == "sft"):  # the same weights as RL's
                     lines.append(Line(f"{objective}: {title} {when}", mean_of(values)))
-    groups = {start[:2] for start in sharpness}
+    groups = list(dict.fromkeys(start[:2] for start in sharpness))
     pairs = []
     for group in groups:
         starts = [start for start in sharpness if start[:2] == group]
