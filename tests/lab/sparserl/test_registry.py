@@ -16,8 +16,8 @@ METHODS = [
     "random-mask", "shira",
 ]  # fmt: skip
 TASKS = [
-    "chain-sum", "count-bits", "gcd", "gsm8k", "hh-harmless", "hh-helpful", "humaneval", "sort-digits", "spell-backward",
-    "toxigen", "truthfulqa",
+    "chain-sum", "count-bits", "gcd", "gsm8k", "hh-harmless", "hh-helpful", "humaneval", "sort-digits",
+    "spell-backward", "toxigen", "truthfulqa",
 ]  # fmt: skip
 
 

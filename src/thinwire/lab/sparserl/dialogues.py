@@ -48,7 +48,7 @@ class Preferred:
         """One of the prompts."""
         return Problem(*self.prompts[source.randrange(len(self.prompts))])
 
-    def reward(self, problem: Problem, completion: str) -> float:
+    def reward(self, problem: Problem, completion: str) -> float:  # noqa: ARG002 - of what is said alone
         """0.0 to 1.0; nothing said is worth nothing."""
         return self.model.score(completion) if completion.strip() else 0.0
 
@@ -88,11 +88,12 @@ def toxicity(rows: Sequence[Mapping[str, Any]], part: Part) -> Preferred:
         MisuseError: none is in the part, or all or none are toxic.
     """
     texts = [(str(row["text"]), float(row["toxicity_human"]) >= 4) for row in rows]
-    learnt = [(text, toxic) for text, toxic in texts if _part(text) == "train"]
+    halves = {text: (text[: len(text) // 2], text[len(text) // 2 :]) for text, _ in texts}
+    learnt = [(text, toxic) for text, toxic in texts if _part(halves[text][0]) == "train"]
     if len({toxic for _, toxic in learnt}) < 2:
         raise MisuseError("a judge of toxicity needs texts of both kinds")
     model = fit_pairs([("", text) if toxic else (text, "") for text, toxic in learnt])
-    prompts = [(text[: len(text) // 2], text[len(text) // 2 :]) for text, _ in texts if _part(text) == part]
+    prompts = [half for half in halves.values() if _part(half[0]) == part]
     if not prompts:
         raise MisuseError(f"of the texts none is to {part} with; give more of them")
     return Preferred(prompts, model)

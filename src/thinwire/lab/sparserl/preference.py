@@ -15,6 +15,7 @@ import re
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -29,7 +30,7 @@ _WORD = re.compile(r"[a-z']+|[?!.]")
 
 def _buckets(text: str) -> list[int]:
     words = _WORD.findall(text.lower())[:_WORDS_MAX]
-    terms = {*words, *(f"{a} {b}" for a, b in zip(words, words[1:], strict=False))}
+    terms = {*words, *(f"{a} {b}" for a, b in pairwise(words))}
     return sorted({zlib.crc32(term.encode()) % _BUCKETS for term in terms})
 
 

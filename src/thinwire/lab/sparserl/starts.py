@@ -183,7 +183,7 @@ def warm_start(settings: Mapping[str, Any], model: Any, tasks: Sequence[str], se
     reward = dict.fromkeys(tasks, 0.0)
     for step in range(1, int(warm["steps_max"]) + 1):
         low = [task for task in tasks if reward[task] < warm["target"]]
-        asked = [source.choice(tasks if n % 8 == 0 else low) for n in range(int(warm["batch"]))]
+        asked = [source.choice(tasks if n % 8 == 0 else low or tasks) for n in range(int(warm["batch"]))]
         problems = [recipes[task].task.problem(source) for task in asked]
         for n in range(0, len(problems), 4):
             before = context_of(recipes[asked[n]].task, source, source.randint(1, _CONTEXT))

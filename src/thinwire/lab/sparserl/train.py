@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +99,7 @@ class Learner:
         trained = list(self.prepared.trained.values())
         norm = float(torch.nn.utils.clip_grad_norm_(trained, self.clip_norm))
         if not math.isfinite(norm):
+            self.rows.append({"norm": norm})
             raise DivergedError(f"the gradient's norm is {norm} in step {len(self.rows) + 1}")
         self.prepared.optimiser.step()
         row = {"norm": norm}
@@ -111,6 +114,8 @@ class Learner:
         for p in trained:
             p.grad = None
         self.rows.append(row)
+        if not all(bool(torch.isfinite(p).all()) for p in trained):
+            raise DivergedError(f"a weight is infinite or NaN after step {len(self.rows)}")
         return norm
 
     def _null(self) -> float:
@@ -142,6 +147,17 @@ def _rollouts(recipe: Recipe, prepared: Prepared, source: random.Random, generat
         return rollouts_for(recipe, prepared.model, source, generator)
 
 
+@contextmanager
+def _finite() -> Iterator[None]:
+    """Sampling from logits that overflowed is torch's error; here it means that the run diverged."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "probability tensor" not in str(error):
+            raise
+        raise DivergedError(f"answers cannot be sampled: {error}") from error
+
+
 def train(cell: Cell, starts: Path) -> dict[str, Any]:
     """Make one run; equal cells give equal results but for ``seconds``. The start must have been made.
 
@@ -164,15 +180,18 @@ def train(cell: Cell, starts: Path) -> dict[str, Any]:
     learner = Learner(prepared, cell.clip_norm, cell.seed, measured=cell.part == "test")
     curve: list[dict[str, float]] = []
     status, error, flops = "success", "", 0
+    scores: dict[str, Any] = {"after": None, "others_after": {}}
     try:
-        flops = _learn(cell, recipe, learner, curve)
+        with _finite():
+            flops = _learn(cell, recipe, learner, curve)
+            scores = _scores(cell, prepared)
     except (DivergedError, RefuseError) as problem:
         status, error = "diverged", str(problem)
-    rows = [{"step": i, **a, **b} for i, (a, b) in enumerate(zip(curve, learner.rows, strict=False), start=1)]
+    rows = [{"step": i, **a, **b} for i, (a, b) in enumerate(zip_longest(curve, learner.rows, fillvalue={}), start=1)]
     return {
         "status": status, "error": error, "before": start.scores.get(cell.task, {}),
         "others_before": {task: start.scores[task] for task in cell.others},
-        **(_scores(cell, prepared) if status == "success" else {"after": None, "others_after": {}}),
+        **scores,
         "steps": rows, "flops": flops, "optimiser_bytes": state_bytes(prepared.optimiser),
         "whole_bytes": learner.whole_bytes, "trainable": prepared.trainable, "total": total,
         "published": sum(t.numel() for t in prepared.sent.values()), "settings": dict(prepared.settings),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from thinwire.errors import MisuseError
@@ -41,7 +41,7 @@ class Functions:
     """Problems of rows with ``prompt``, ``canonical_solution``, ``test`` and ``entry_point``."""
 
     rows: Sequence[Mapping[str, Any]]
-    limits: Limits = Limits()
+    limits: Limits = field(default_factory=Limits)
 
     def problem(self, source: random.Random) -> Problem:
         """One of the rows."""
