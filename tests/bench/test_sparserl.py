@@ -9,14 +9,17 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
 from thinwire.bench.sparserl import Suite, cell_id, choose_lrs, read_suite, run_suite, suite_of
 from thinwire.bench.sparserl_figures import front
@@ -37,6 +40,14 @@ SMALL: dict[str, Any] = {
 }  # fmt: skip
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def suite(**changes: Any) -> Suite:
     return suite_of(SMALL | changes)
 
@@ -45,7 +56,7 @@ def suite(**changes: Any) -> Suite:
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("suite")
     seen: list[tuple[str, bool]] = []
-    failed = run_suite(suite(), out, jobs=1, on_done=lambda stage, name, sound: seen.append((stage, sound)))
+    failed = run_suite(suite(), out, jobs=0, on_done=lambda stage, name, sound: seen.append((stage, sound)))
     assert failed == []
     assert [stage for stage, _ in seen] == ["start"] * 3 + ["tuning"] * 4 + ["run"] * 12
     return out
@@ -130,7 +141,7 @@ def test_a_cut_off_result_is_named_by_the_report_and_made_again_by_a_run(made: P
     with pytest.raises(MalformedError, match="remove"):
         read_results(made)
     runs: list[str] = []
-    run_suite(suite(), made, jobs=1, on_done=lambda stage, name, _: runs.append(name) if stage == "run" else None)
+    run_suite(suite(), made, jobs=0, on_done=lambda stage, name, _: runs.append(name) if stage == "run" else None)
     assert runs == [path.stem]
     again, before = json.loads(path.read_text()), json.loads(whole)
     assert again["train_info"]["metrics"] == before["train_info"]["metrics"], "the same seed gives the same numbers"
@@ -157,7 +168,7 @@ def test_what_raises_is_noted_and_the_others_go_on(made: Path, tmp_path: Path) -
     chosen = suite(lrs={"dense": 1e-3}).chosen(methods=["dense"], seeds=[0], tasks=["gcd"])
     out = tmp_path / "out"
     bad = replace(chosen, tasks=("gcd", str(task)))  # its start knows the good tasks only
-    failed = run_suite(bad, out, jobs=1)
+    failed = run_suite(bad, out, jobs=0)
     assert [name for name in failed if "--cruel--" in name] == failed
     assert len(failed) == 1
     assert "no reward" in (out / "failed" / f"{failed[0]}.txt").read_text()
@@ -171,7 +182,7 @@ def test_a_method_from_outside_runs_beside_the_others(tmp_path: Path) -> None:
         "METHOD = Method(about='half', prepare=lambda model, setting: masked(model, setting, 0.5), lrs=(1e-3,))\n"
     )
     chosen = suite().chosen(methods=[str(file)], seeds=[0], tasks=["gcd"])
-    assert run_suite(chosen, tmp_path / "out", jobs=1) == []
+    assert run_suite(chosen, tmp_path / "out", jobs=0) == []
     (found,) = read_summaries(tmp_path / "out")
     assert found["trainable"] == round(0.5 * found["total"])
 
@@ -306,13 +317,15 @@ def test_kept_rows_give_the_same_report_and_damaged_ones_are_refused(made: Path,
 
 
 def test_the_command_runs_and_reports(made: Path, tmp_path: Path) -> None:
-    def run(*words: str, code: int = 0) -> subprocess.CompletedProcess[str]:
-        done = subprocess.run(
-            [sys.executable, "-m", "thinwire", "bench", "sparserl", *words], capture_output=True, text=True, timeout=280
-        )
-        assert done.returncode == code, done.stderr
+    from thinwire.bench.cli import app
+
+    def run(*words: str, code: int = 0) -> Any:
+        done = CliRunner().invoke(app, ["sparserl", *words])
+        assert done.exit_code == code or (code and isinstance(done.exception, MisuseError)), done.output
         return done
 
+    config = tmp_path / "small.yaml"
+    config.write_text(json.dumps(SMALL))  # JSON is YAML
     done = run("report", str(made), "-o", str(tmp_path / "r"), "--json", "--rows", str(tmp_path / "kept.jsonl"))
     board = json.loads(done.stdout)
     assert len(board["entries"]) == 3
@@ -323,7 +336,8 @@ def test_the_command_runs_and_reports(made: Path, tmp_path: Path) -> None:
     assert "http" not in html.replace("http-equiv", ""), "the page loads nothing"
     assert html.count("<tr>") == 4
     assert len((tmp_path / "kept.jsonl").read_text().splitlines()) == 12
-    assert "did you mean" in run("--methods", "apsg", code=2).stderr
+    assert "did you mean" in str(run("--methods", "apsg", code=2).exception)
+    assert "4 runs to tune, 12 runs" in run("--suite", str(config), "-o", str(made), "--list").stderr
 
 
 def test_configurations_name_nothing_unknown() -> None:

@@ -243,12 +243,13 @@ def _work(
 
 
 def run_suite(suite: Suite, out: Path, *, jobs: int = 2, on_done: OnDone | None = None) -> list[str]:
-    """Make all of the suite that is not in ``out`` yet, ``jobs`` runs at a time; returns the names of what failed.
+    """Make all of the suite that is not in ``out`` yet, ``jobs`` runs at a time (0: in this process); returns the
+    names of what failed.
 
     ``on_done(stage, name, sound)`` is told of each ``start``, ``tuning`` run and ``run`` as it ends.
 
     Raises:
-        MisuseError: ``jobs`` is not positive.
+        MisuseError: ``jobs`` is negative.
     """
     failed: list[str] = []
 

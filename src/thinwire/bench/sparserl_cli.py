@@ -45,7 +45,9 @@ def sparserl(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the results; what is in it is kept.")] = Path(
         "sparserl"
     ),
-    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Runs at a time, of one thread each.")] = 2,
+    jobs: Annotated[
+        int, typer.Option("--jobs", "-j", min=0, help="Runs at a time, of one thread each; 0: in this process.")
+    ] = 2,
     models: Annotated[str, typer.Option(help="Some of the suite's, with commas between.")] = "",
     tasks: Annotated[str, typer.Option(help="Names, or files that define TASK.")] = "",
     methods: Annotated[str, typer.Option(help="Names, or files that define METHOD.")] = "",

@@ -97,7 +97,7 @@ def test_a_start_is_kept_and_a_damaged_one_is_named(starts: Path, tmp_path: Path
 
 def test_a_warm_start_reaches_what_it_was_asked_for_or_says_so(tmp_path: Path) -> None:
     hopeless = SETTINGS | {"warm": {"target": 0.99, "steps_max": 20, "batch": 8}}
-    with pytest.raises(MisuseError, match="not 0[.]99 on all"):
+    with pytest.raises(MisuseError, match="on all"):
         make_start(hopeless, "atom", TASKS, 0, tmp_path)
 
 

@@ -44,13 +44,16 @@ def _start_worker(parent: int) -> None:
 
 
 class Pool:
-    """Processes that do work; made by :func:`workers`."""
+    """Processes that do work, or this one; made by :func:`workers`."""
 
-    def __init__(self, executor: ProcessPoolExecutor) -> None:
+    def __init__(self, executor: ProcessPoolExecutor | None) -> None:
         self._executor = executor
 
     def do(self, work: Callable[..., Any], items: Sequence[T], *rest: Any) -> Iterator[tuple[T, BaseException | None]]:
         """``work(item, *rest)`` for each item; each is given back as it ends, with its error if it raised one."""
+        if self._executor is None:
+            yield from _here(work, items, rest)
+            return
         waiting: dict[Future[Any], T] = {self._executor.submit(work, item, *rest): item for item in items}
         while waiting:
             done, _ = wait(waiting, return_when=FIRST_COMPLETED)
@@ -58,15 +61,31 @@ class Pool:
                 yield waiting.pop(future), future.exception()
 
 
+def _here(
+    work: Callable[..., Any], items: Sequence[T], rest: Sequence[Any]
+) -> Iterator[tuple[T, BaseException | None]]:
+    for item in items:
+        try:
+            work(item, *rest)
+        except Exception as error:
+            yield item, error
+        else:
+            yield item, None
+
+
 @contextmanager
 def workers(jobs: int) -> Iterator[Pool]:
-    """``jobs`` processes, started afresh (spawned); on leaving, what has not begun is not begun.
+    """``jobs`` processes, started afresh (spawned); on leaving, what has not begun is not begun. 0: this process, for
+    few small items and for debuggers.
 
     Raises:
-        MisuseError: ``jobs`` is not positive.
+        MisuseError: ``jobs`` is negative.
     """
-    if jobs < 1:
-        raise MisuseError(f"jobs is {jobs}; give 1 or more")
+    if jobs < 0:
+        raise MisuseError(f"jobs is {jobs}; give 0 or more")
+    if not jobs:
+        yield Pool(None)
+        return
     context = multiprocessing.get_context("spawn")
     executor = ProcessPoolExecutor(jobs, mp_context=context, initializer=_start_worker, initargs=(os.getpid(),))
     try:
