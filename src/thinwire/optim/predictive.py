@@ -90,7 +90,7 @@ class PredictiveBackward:
             another kind of module has, too, such as a tied embedding, stays dense. Linear layers may share one.
         rows: share of all rows that are active, above 0, at most 1.
         every: steps between full backward passes, after which the rows are chosen from what was seen of all.
-        explore: share of all rows that are looked at besides, at random, in each step; they are not stepped.
+        explore: share of all rows (or modules) that are looked at besides, at random, in each step, and not stepped.
         unit: ``row``, or ``module``: whole layers are active, so that of the others not even the input is kept.
         generator: of the exploration.
 
@@ -170,7 +170,8 @@ class PredictiveBackward:
             site.active = mask.nonzero().flatten()
             others = (~mask).nonzero().flatten()
             if not self.full:
-                wanted = torch.rand(others.numel(), generator=self.generator) < self.explore
+                draws = others.numel() if self.unit == "row" else 1  # a layer is looked at whole, or its input not kept
+                wanted = (torch.rand(draws, generator=self.generator) < self.explore).expand(others.numel())
                 others = others[wanted.to(others.device)]
             site.watched = torch.cat((site.active, others))
 
