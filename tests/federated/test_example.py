@@ -31,3 +31,14 @@ def test_flower_finds_the_apps_where_its_file_says(monkeypatch):
     for name in components.values():
         module, _, attribute = name.partition(":")
         assert getattr(import_module(module), attribute) is not None
+
+
+def test_without_flower_it_is_said_what_to_install():
+    code = (
+        "import sys; sys.modules['flwr'] = sys.modules['flwr.app'] = None; import thinwire\n"
+        "for name in ('SparseSync', 'SparseSyncMod'):\n"
+        "    try:\n        getattr(thinwire, name)\n"
+        "    except thinwire.ThinwireError as error:\n        print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout.count("pip install 'thinwire[federated]'") == 2, done.stderr

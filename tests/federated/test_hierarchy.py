@@ -17,7 +17,7 @@ def updates(nodes, seed, numel=60):
     return {node: (float(10 + node), torch.randn(numel, generator=generator)) for node in nodes}
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=15)
 @given(st.lists(st.integers(1, 255), min_size=1, max_size=6), st.sampled_from([0.05, 0.5, Coverage(0.8)]))
 def test_what_comes_in_goes_out_or_waits(rounds, density):
     tree = Hierarchy((Hop(3, 0.1), Hop(2, density, "float32")))

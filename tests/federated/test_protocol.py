@@ -83,7 +83,7 @@ class Federation:
 patterns = st.lists(st.tuples(st.integers(0, 7), st.integers(0, 7), st.booleans()), min_size=2, max_size=9)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=15)
 @given(patterns, st.sampled_from(["float32", "float16", "int8"]), st.sampled_from([0, 3]), st.sampled_from([0.05, 0.3]))
 def test_no_mass_is_lost_whoever_vanishes(pattern, values, anchor_every, density):
     orders = Orders(density, values, "residual")
