@@ -15,6 +15,7 @@ from flwr.clientapp.mod import fixedclipping_mod
 from flwr.serverapp import strategy as flower
 
 from tests.federated.apps import accuracy, client_app, initial
+from thinwire.compress.schedule import Warmup
 from thinwire.errors import MisuseError
 from thinwire.federated import frame as frames
 from thinwire.federated.client import Orders
@@ -359,6 +360,20 @@ def test_a_schedule_follows_the_loss_and_a_budget_is_kept():
         sync = SparseSync(flower.FedAvg(fraction_evaluate=0.0), density=0.5, down_density=0.05, **options)
         run(sync, LocalGrid(client_app(SparseSyncMod()), 3), rounds=8)
         assert 0.7 * budget < sync.ledger.total() <= 1.02 * budget
+
+
+@pytest.mark.parametrize("told", [None, 0.05])
+def test_what_goes_down_follows_the_schedule_unless_it_is_told(told):
+    inner = flower.FedAvg(fraction_evaluate=0.0)
+    sync = SparseSync(inner, density=Warmup(0.1, 0.01, 2), down_density=told, anchor_every=0)
+    run(sync, LocalGrid(client_app(SparseSyncMod()), 2), rounds=4)
+    sizes = [sync.ledger.total(direction="down", kind="delta", round=r) for r in (2, 3, 4)]
+    # the version of round 2 is published with the density of round 2
+    if told is None:
+        assert sizes[0] > 1.6 * sizes[1]
+        assert sizes[1] == pytest.approx(sizes[2], rel=0.2)
+    else:
+        assert sizes == pytest.approx([sizes[0]] * 3, rel=0.2)
 
 
 def test_hops_learn_and_are_counted():

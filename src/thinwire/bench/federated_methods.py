@@ -7,6 +7,7 @@ method            what it is
 ``fedprox``       Li et al. 2020 (arXiv:1812.06127), mu = 0.01
 ``fedadam``       Reddi et al. 2021 (arXiv:2003.00295): Adam at the server
 ``sparsesync``    ours: sparse both ways at the density asked for, residuals, versions, anchors
+``warmup``        the same, from five times the density down to it in fifteen rounds, both ways
 ``ef21``          the same with EF21's memory (Richtárik et al. 2021, arXiv:2106.05203)
 ``adaptive``      the same, the density raised where the loss stands still
 ``layers``        the same, each layer's share by its energy
@@ -30,7 +31,7 @@ from typing import Any
 from flwr.serverapp.strategy import FedAdam, FedAvg, FedProx, Strategy
 
 from thinwire.bench.federated_baselines import Compressed, CompressedMod
-from thinwire.compress import QSGD, Compressor, ErrorFeedback, LowRank, Quantize, RandomK
+from thinwire.compress import QSGD, Compressor, ErrorFeedback, LowRank, Quantize, RandomK, Warmup
 from thinwire.errors import MisuseError
 from thinwire.federated.density import Adaptive
 from thinwire.federated.hierarchy import Hop
@@ -81,6 +82,7 @@ METHODS: dict[str, Method] = {
     "fedprox": lambda s: (FedProx(**_plain(s), proximal_mu=0.01), []),
     "fedadam": lambda s: (_adam(s), []),
     "sparsesync": lambda s: _sparse(s),
+    "warmup": lambda s: _sparse(s, density=Warmup(min(1.0, 5 * s.density), s.density, 15), down_density=None),
     "ef21": lambda s: _sparse(s, feedback="ef21"),
     "adaptive": lambda s: _sparse(s, density=Adaptive(s.density, s.density / 10, min(1.0, 10 * s.density))),
     "layers": lambda s: _sparse(s, layers="energy"),

@@ -27,6 +27,7 @@ from flwr.serverapp import strategy as flower  # isort: skip
 __all__ = ["SparseSync"]
 
 _log = getLogger("flwr")
+_DOWN = 5  # times as much goes down as up: the union of several clients' choices
 _CLIENT_SIDE_PRIVACY = (
     flower.DifferentialPrivacyClientSideFixedClipping,
     flower.DifferentialPrivacyClientSideAdaptiveClipping,
@@ -60,7 +61,7 @@ class SparseSync(flower.Strategy):
         values: how values travel: float32, float16, bfloat16, int8, float8, sign.
         feedback: ``"residual"``, ``"ef21"`` or ``"none"``.
         layers: who shares the density: ``"global"``, ``"energy"``, ``"sensitivity"``, ``"even"``.
-        down_density: share that a model's new version changes; by default five times the density.
+        down_density: share that a model's new version changes; by default five times the schedule's density.
         down_values: by default as ``values``.
         anchor_every: versions from one exact model to the next; 0 never.
         budget_bytes, budget_rounds: bytes for that many rounds, up and down; the density is lowered to keep to it.
@@ -100,8 +101,9 @@ class SparseSync(flower.Strategy):
         self.strategy = strategy
         self.schedule = density if isinstance(density, Schedule) else Constant(density)
         self.orders = Orders(self.schedule.density(self.schedule.init()), values, feedback, layers)
+        self._down_follows = down_density is None
         if down_density is None:
-            down_density = min(1.0, 5 * self.orders.density)
+            down_density = min(1.0, _DOWN * self.orders.density)
         self.down = server.DownLink(down_density, down_values or values, layers, anchor_every)
         self.up = server.UpLink()
         if budget_bytes is not None and (budget_bytes < 1 or budget_rounds < 1):
@@ -153,6 +155,8 @@ class SparseSync(flower.Strategy):
         model = records.model_of(arrays)
         if not model.layout.numel:
             raise MisuseError("there are no floating-point arrays to synchronise; use the strategy without SparseSync")
+        if self._down_follows:
+            self.down.density = min(1.0, _DOWN * self.schedule.density(self._state))
         self.down.publish(model)
         for message in messages:
             name = records.array_name(message.content)
