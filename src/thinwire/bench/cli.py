@@ -18,6 +18,8 @@ from thinwire.bench.federated_cli import federated, inversion
 from thinwire.bench.federated_wire_cli import federated_wire
 from thinwire.bench.instruments_cli import instruments
 from thinwire.bench.merge_cli import merge
+from thinwire.bench.predictive_cli import predictive
+from thinwire.bench.roofline_cli import roofline
 from thinwire.bench.selection_cli import selection
 from thinwire.bench.signal_report import signal
 from thinwire.bench.skips_cli import skips
@@ -38,6 +40,8 @@ app.command()(federated)
 app.command()(instruments)
 app.command()(inversion)
 app.command()(merge)
+app.command()(predictive)
+app.command()(roofline)
 app.command()(selection)
 app.command()(signal)
 app.command()(skips)

@@ -5,6 +5,7 @@ Before anything is timed, a step at the same density is compared with the readab
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -117,6 +118,7 @@ def _row(options: SparseUpdateOptions, density: float, report: Callable[[str], N
     return {
         "numel": options.numel, "density": density, "active": sparse.active_cells(), "entered": new,
         "threads": options.threads,
+        "huge_pages": os.environ.get("THP_MEM_ALLOC_ENABLE") == "1",  # torch asks for them where this is set
         "refresh_every": options.refresh_every, "best_s": best_s, "median_s": median_s, "runs": options.repeats,
         "amortised_s": {"best": round(amortised(best_s), 6), "median": round(amortised(median_s), 6)},
         "times_faster": {
