@@ -9,7 +9,10 @@ from typing import Any
 
 from rich.table import Table
 
-__all__ = ["federated_figure", "federated_markdown", "federated_table", "inversion_markdown", "summarise"]
+__all__ = [
+    "fairness_markdown", "federated_figure", "federated_markdown", "federated_table", "inversion_markdown",
+    "participation_markdown", "summarise",
+]  # fmt: skip
 
 Row = dict[str, Any]
 _LAST = 3  # evaluations that a final accuracy is the mean of
@@ -165,4 +168,37 @@ def inversion_markdown(rows: Sequence[Row]) -> str:
             found = [r for r in rows if (r["attack"], r["steps"], r["density"]) == (attack, steps, density)]
             cells.append(f"{found[0]['psnr']:.1f} dB, {found[0]['ssim']:.2f}" if found else "")
         lines.append(f"| {steps} | {100 * density:g} % | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def participation_markdown(rows: Sequence[Row]) -> str:
+    """SparseSync beside FedAvg by partition and by how many clients take part in a round; means over seeds."""
+    lines = [
+        "| partition | clients in a round | FedAvg, % | SparseSync, % | worst 10 %: FedAvg | SparseSync | up + down |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for how, share in dict.fromkeys((row["partition"], row["settings"]["participation"]) for row in rows):
+        some = [r for r in rows if (r["partition"], r["settings"]["participation"]) == (how, share)]
+        by = {line["method"]: line for line in summarise(some)}
+        dense, sparse = by["fedavg"], by["sparsesync"]
+        cells = [how, f"{share * some[0]['clients']:.0f} of {some[0]['clients']}"]
+        cells += [f"{100 * line[key]:.1f}" for key in ("accuracy", "worst") for line in (dense, sparse)]
+        lines.append("| " + " | ".join([*cells, f"1/{sparse['total']:.0f}"]) + " |")
+    return "\n".join(lines)
+
+
+def fairness_markdown(rows: Sequence[Row]) -> str:
+    """What clients see of the last model against density: their mean, worst tenth and variance; means over seeds."""
+    lines = [
+        "| method | density | clients' mean, % | worst 10 %, % | deviation, points | bytes up, a weight and round |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for method, density in dict.fromkeys((row["method"], row["settings"]["density"]) for row in rows):
+        some = [r for r in rows if (r["method"], r["settings"]["density"]) == (method, density)]
+        shares = [mean(row["fairness"][key] for row in some) for key in ("mean", "worst")]
+        spread = mean(row["fairness"]["variance"] ** 0.5 for row in some)
+        sent = mean(_bytes(row, "up") / row["parameters"] / row["rounds"] / row["clients"] for row in some)
+        shown = "all" if method == "fedavg" else f"{100 * density:g} %"
+        cells = [method, shown, *(f"{100 * share:.1f}" for share in shares), f"{100 * spread:.1f}", f"{sent:.3f}"]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
