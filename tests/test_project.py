@@ -49,6 +49,7 @@ def test_importing_is_inert() -> None:
 
 OPTIONAL = {
     "PIL": {"lab"},
+    "cryptography": {"crypto.py"},
     "curvlinops": {"probe"},
     "datasets": {"lab"},
     "flwr": {"bench", "integrations"},

@@ -1,13 +1,17 @@
 """The manifests a party has come to believe. :class:`TrustedChain` accepts a manifest or raises; it does nothing else.
 
-Fetching, retrying and deciding what a refusal means are the caller's.
+Fetching, retrying and deciding what a refusal means are the caller's. With an authority
+(:class:`thinwire.chain.authority.Authority`) a manifest is believed if enough keys that hold now have signed it, or if
+one that is believed names it as its parent: so history outlives the keys that signed it. What is offered as the newest
+version has no child, and must be signed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from types import MappingProxyType
 
+from thinwire.chain.authority import Authority
 from thinwire.errors import UntrustedError
 from thinwire.wire.manifest import Manifest
 from thinwire.wire.skip import Skip
@@ -19,13 +23,24 @@ class TrustedChain:
     """Accepts manifests in any order; no two of them may contradict each other.
 
     ``floor`` is the oldest version that may be taken for the newest: one that has been seen once is never gone back on.
+    ``seen`` is the digest of that version's manifest, if it is remembered. ``vouched`` are digests of manifests that
+    the caller answers for, signed or not. ``now_ms`` is the caller's clock, in milliseconds since the epoch; keys that
+    have ended by then count no more.
 
     >>> TrustedChain().newest is None
     True
     """
 
-    def __init__(self, *, floor: int = 0) -> None:
-        self.floor = floor
+    def __init__(
+        self,
+        *,
+        floor: int = 0,
+        seen: str | None = None,
+        authority: Authority | None = None,
+        vouched: Set[str] = frozenset(),
+    ) -> None:
+        self.floor, self.authority, self.vouched = floor, authority, vouched
+        self._seen = {floor: seen} if seen is not None else {}
         self._manifests: dict[int, Manifest] = {}
         self._expected: dict[int, tuple[str, int]] = {}  # version -> (manifest digest, the child that says so)
 
@@ -39,13 +54,14 @@ class TrustedChain:
         """The accepted manifest with the highest version."""
         return self._manifests[max(self._manifests)] if self._manifests else None
 
-    def accept(self, data: bytes, *, version: int) -> Manifest:
+    def accept(self, data: bytes, *, version: int, now_ms: int = 0) -> Manifest:
         """Accept the manifest in ``data``, which was stored as that of ``version``.
 
         Raises:
             MalformedError, UnsupportedError: not a manifest this release can read.
             UntrustedError: of another version than asked for, different from one accepted before, or not the parent
-                that an accepted child names (a fork), or built on another parent than the accepted one.
+                that an accepted child names (a fork), built on another parent than the accepted one, or neither signed
+                as the authority wants it nor the parent of an accepted one.
         """
         manifest = Manifest.parse(data)
         if manifest.version != version:
@@ -55,16 +71,19 @@ class TrustedChain:
                 actual=manifest.version,
             )
         self._check(manifest)
+        if version not in self._expected:
+            self._check_signed(manifest, now_ms)
         self._manifests[version] = manifest
         if manifest.parent is not None:
             self._expected.setdefault(manifest.parent.version, (manifest.parent.manifest, version))
         return manifest
 
-    def accept_newest(self, data: bytes, *, version: int) -> Manifest:
+    def accept_newest(self, data: bytes, *, version: int, now_ms: int = 0) -> Manifest:
         """Like :meth:`accept`, for what a store offers as its newest version.
 
         Raises:
-            UntrustedError: also for a version older than one that was seen (a rollback).
+            UntrustedError: also for a version older than one that was seen (a rollback), and for one that is not signed
+                by keys that hold now, whoever names it as a parent.
         """
         if version < self.floor:
             raise UntrustedError(
@@ -72,19 +91,31 @@ class TrustedChain:
                 offered=version,
                 seen=self.floor,
             )
-        manifest = self.accept(data, version=version)
+        manifest = self.accept(data, version=version, now_ms=now_ms)
+        if version in self._expected:
+            self._check_signed(manifest, now_ms)
         self.floor = max(self.floor, version)
         return manifest
 
-    def accept_skip(self, data: bytes, *, base: int, version: int) -> Skip:
+    def _check_signed(self, manifest: Manifest, now_ms: int) -> None:
+        if self.authority is not None and manifest.digest not in self.vouched:
+            self.authority.check(
+                manifest.signed(), manifest.signatures, role="publisher", now_ms=now_ms,
+                what=f"the manifest of version {manifest.version} ({manifest.digest})",
+            )  # fmt: skip
+
+    def accept_skip(
+        self, data: bytes, *, base: int, version: int, now_ms: int = 0, must_be_signed: bool = False
+    ) -> Skip:
         """Accept the record in ``data``, which was stored as that of the skip delta from ``base`` to ``version``.
 
         The manifests of both versions must have been accepted. Believing a record is no more than trying its patch:
-        the digest of what the patch makes decides.
+        the digest of what the patch makes decides. So it need not be signed, unless ``must_be_signed`` says so.
 
         Raises:
             MalformedError, UnsupportedError: not a record this release can read.
-            UntrustedError: of other versions than asked for, or between other states than those of these versions.
+            UntrustedError: of other versions than asked for, between other states than those of these versions, or
+                not signed and it must be.
         """
         skip = Skip.parse(data)
         if (skip.base, skip.version) != (base, version):
@@ -102,6 +133,11 @@ class TrustedChain:
                     expected=manifest.state,
                     actual=state,
                 )
+        if must_be_signed and self.authority is not None:
+            self.authority.check(
+                skip.signed(), skip.signatures, role="compactor", now_ms=now_ms,
+                what=f"the record of the skip delta from {base} to {version}",
+            )  # fmt: skip
         return skip
 
     def _check(self, manifest: Manifest) -> None:
@@ -111,6 +147,13 @@ class TrustedChain:
             raise UntrustedError(
                 f"version {version} has two manifests: {known.digest} was accepted, now there is {digest}",
                 expected=known.digest,
+                actual=digest,
+            )
+        if self._seen.get(version, digest) != digest:
+            raise UntrustedError(
+                f"version {version} was seen with manifest {self._seen[version]}, now the store has {digest}: a fork. "
+                "Do not use this store; ask its publisher which one is right",
+                expected=self._seen[version],
                 actual=digest,
             )
         if version in self._expected and self._expected[version][0] != digest:

@@ -26,6 +26,7 @@ from thinwire.stores.protocol import Delete, Get, List, ObjectInfo, Put
 from thinwire.sync.remote import Remote
 from thinwire.sync.retrying import retrying
 from thinwire.sync.skips import sort_skips
+from thinwire.sync.trust import Pinned, read_trust
 from thinwire.wire import canonical
 from thinwire.wire.manifest import Manifest, ObjectRef, version_of_key
 from thinwire.wire.skip import SKIPS_PREFIX
@@ -120,12 +121,14 @@ def collect(
     now_s: float,
     retry_s: float = 60.0,
     progress: Callable[[int, int], None] | None = None,
+    trust: Pinned | None = None,
 ) -> CollectReport:
     """Delete the objects that neither the last ``keep_last`` versions nor those in ``keep`` need.
 
     Only objects that are older than ``grace_s`` seconds at ``now_s`` (seconds since the epoch) are deleted: a consumer
     may be on its way over them. Manifests are read again right before, so that versions committed meanwhile are
-    honoured. ``progress`` is called with objects deleted and objects to delete, from any thread.
+    honoured. With ``trust`` nothing is deleted unless its keys have signed the chain. ``progress`` is called with
+    objects deleted and objects to delete, from any thread.
 
     Raises:
         MisuseError: no versions, a version in ``keep`` that never was, ``keep_last`` below 1 or ``grace_s`` below 0.
@@ -147,7 +150,7 @@ def collect(
     """
     if grace_s < 0:
         raise MisuseError(f"the grace period must not be negative, and is {grace_s:g} s")
-    remote = Remote(store, retry_s=retry_s)
+    remote = Remote(store, retry_s=retry_s, trust=None if trust is None else read_trust(trust))
     all_manifests(remote)
     listing = retrying(lambda: list(store.list("objects/")), limit_s=retry_s)
     manifests = all_manifests(remote)  # once more, for versions committed meanwhile

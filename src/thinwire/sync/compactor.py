@@ -17,7 +17,7 @@ import secrets
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from thinwire.chain.plan import HOP_BYTES
@@ -36,8 +36,10 @@ from thinwire.sync.encode import Options
 from thinwire.sync.host import HostState, fetch_state
 from thinwire.sync.remote import Remote, hash_bytes
 from thinwire.sync.retrying import retrying
+from thinwire.sync.trust import Keys, Pinned, Trust, read_trust, signers_of
 from thinwire.wire.manifest import DeltaRef, Manifest, ObjectRef
 from thinwire.wire.patch import Patch
+from thinwire.wire.signing import Signer, sign
 from thinwire.wire.skip import Skip, skip_folder, skip_key
 
 __all__ = ["LADDERS", "BackgroundCompactor", "CompactReport", "Compactor", "Rung", "compact", "ladder"]
@@ -106,10 +108,18 @@ class Compactor:
     """
 
     def __init__(
-        self, store: CompactableStore, *, retry_s: float = 60.0, threads: int = 0, level: str = "small"
+        self,
+        store: CompactableStore,
+        *,
+        retry_s: float = 60.0,
+        threads: int = 0,
+        level: str = "small",
+        signers: Sequence[Signer] = (),
+        trust: Trust | None = None,
     ) -> None:
         self.store, self.retry_s, self.options = store, retry_s, Options(level, threads=threads)
-        self.remote = Remote(store, retry_s=retry_s)
+        self.remote = Remote(store, retry_s=retry_s, trust=trust)
+        self.signers = signers
         self._recent: OrderedDict[tuple[int, int], Patch] = OrderedDict()
         self._state: HostState | None = None
 
@@ -168,6 +178,8 @@ class Compactor:
         reference = ObjectRef(key, made.size, hash_bytes(after.hash, buffers))
         self._create(key, buffers)
         skip = Skip(base, before.state, version, after.state, after.hash, reference, made.changed)
+        if self.signers:
+            skip = replace(skip, signatures=sign(skip.signed(), self.signers))
         if not self._create(skip_key(base, version), [skip.encode()]):
             found = self.remote.skip(base, version)
             if found is None:
@@ -284,8 +296,10 @@ class BackgroundCompactor:
     Rungs that were left out are made when a later one needs them, or by :func:`compact`.
     """
 
-    def __init__(self, store: CompactableStore, *, retry_s: float, threads: int) -> None:
-        self._compactor = Compactor(store, retry_s=retry_s, threads=threads)
+    def __init__(
+        self, store: CompactableStore, *, retry_s: float, threads: int, signers: Sequence[Signer] = ()
+    ) -> None:
+        self._compactor = Compactor(store, retry_s=retry_s, threads=threads, signers=signers)
         self._pool: ThreadPoolExecutor | None = None
         self._waiting: deque[Future[None]] = deque()
 
@@ -328,11 +342,14 @@ def compact(
     threads: int = 0,
     level: str = "small",
     progress: Callable[[int, int], None] | None = None,
+    key: Keys | None = None,
+    trust: Pinned | None = None,
 ) -> CompactReport:
     """Write the rungs that a store lacks, in order of the versions that they lead to; ``kind`` is one of LADDERS.
 
     A rung is left out if the ways there are cost no more, or if a patch on the way is gone (a collection has given it
-    up). Being stopped loses nothing: the next call goes on.
+    up). Being stopped loses nothing: the next call goes on. Records are signed with ``key``, if there is one; with
+    ``trust`` only versions are read that its keys have signed.
 
     Raises:
         MisuseError: no versions, or another kind.
@@ -354,7 +371,14 @@ def compact(
     """
     if kind not in LADDERS:
         raise MisuseError(f"skip deltas come as {' or '.join(LADDERS)}, not as {kind!r}")
-    compactor = Compactor(store, retry_s=retry_s, threads=threads, level=level)
+    compactor = Compactor(
+        store,
+        retry_s=retry_s,
+        threads=threads,
+        level=level,
+        signers=signers_of(key),
+        trust=None if trust is None else read_trust(trust),
+    )
     manifests = all_manifests(compactor.remote)
     newest = max(manifests)
     there = compactor.remote.skip_hints(1, newest)

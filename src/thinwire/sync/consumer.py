@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -28,6 +29,7 @@ from thinwire.sync.layout import Layout
 from thinwire.sync.remote import ReadableStore, Remote
 from thinwire.sync.retrying import jittered
 from thinwire.sync.target import Target
+from thinwire.sync.trust import Memory, Pinned, read_trust
 from thinwire.wire.digests import Tree
 from thinwire.wire.manifest import Manifest, manifest_key
 from thinwire.wire.patch import Patch
@@ -106,6 +108,14 @@ class Consumer:
         retry_s: how long one request is retried while the store fails.
         floor: never take a version older than this for the newest (the highest one seen before a restart).
         threads: threads for decoding and hashing; 0 means one a core.
+        trust: accept only what these keys have signed: a trust document's file, public keys' files, or a
+            :class:`~thinwire.sync.trust.Trust`, which also says how fresh it must be. See ``docs/trust.md``.
+        memory: a file in which to remember the newest version and keys that were seen, so that no store goes back on
+            them after a restart either. One consumer a file.
+
+    Raises:
+        UntrustedError: (any call that looks at the store) what it shows is unsigned, signed by other keys than trusted,
+            older than or different from what has been seen, or stale. The model is as it was.
 
     A consumer holds no copy of the model. It knows which version the model is at and leaves the proof to the digest.
 
@@ -128,12 +138,20 @@ class Consumer:
         retry_s: float = 30.0,
         floor: int = 0,
         threads: int = 0,
+        trust: Pinned | None = None,
+        memory: str | os.PathLike[str] | None = None,
     ) -> None:
         if poll_s <= 0 or retry_s < 0:
             raise MisuseError("poll_s must be positive and retry_s not negative")
         self.store: ReadableStore = open_store(store) if isinstance(store, str) else store
         self.poll_s, self.threads = poll_s, threads
-        self._remote = Remote(self.store, retry_s=retry_s, floor=floor)
+        self._remote = Remote(
+            self.store,
+            retry_s=retry_s,
+            floor=floor,
+            trust=None if trust is None else read_trust(trust),
+            memory=None if memory is None else Memory.open(memory),
+        )
         self._avoid: set[str] = set()
         self._held: Manifest | None = None
         self._aliases: dict[str, str] = {}

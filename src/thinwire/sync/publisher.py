@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Literal, overload
 
 import torch
@@ -28,57 +28,23 @@ from thinwire.stores.probe import enforces_create
 from thinwire.sync.anchor import write_shards
 from thinwire.sync.compactor import BackgroundCompactor, CompactReport, compact
 from thinwire.sync.encode import Options, Progress, Snapshot, make_patch, take_snapshot
+from thinwire.sync.guard import put_heartbeat
 from thinwire.sync.host import fetch_state, snapshot_of
 from thinwire.sync.layout import StateSource
+from thinwire.sync.pending import Pending, PublishReport, head_of, signed
 from thinwire.sync.remote import HINT_KEY, Remote, hash_bytes, hint_bytes
 from thinwire.sync.retrying import retrying
+from thinwire.sync.trust import Keys, Pinned, Trust, now_ms, read_trust, signers_of
 from thinwire.tensors.tree import state_of
 from thinwire.wire.manifest import DeltaRef, Manifest, ObjectRef, Parent, manifest_key
 from thinwire.wire.patch import Patch
 from thinwire.wire.spec import HASHES, MANIFEST_BYTES_MAX
+from thinwire.wire.trust import Heartbeat, TrustDocument
 
 __all__ = ["PublishReport", "Publisher"]
 
 Model = torch.nn.Module | Mapping[str, torch.Tensor]
 _UPLOADS = 4
-
-
-@dataclass(frozen=True, slots=True)
-class PublishReport:
-    """One published version.
-
-    ``kind`` is ``delta``, ``anchor`` or ``delta+anchor``; sizes are in bytes, ``full_bytes`` being that of the state;
-    ``density`` is the share of changed elements. ``seconds`` by stage: ``base`` (first publish only), ``encode`` (diff,
-    encode, hash in one pass), ``upload``, ``commit``, ``total``.
-    """
-
-    version: int
-    step: int | None
-    digest: str
-    kind: str
-    patch_bytes: int
-    anchor_bytes: int
-    total_bytes: int
-    full_bytes: int
-    changed: int
-    elements: int
-    density: float
-    seconds: Mapping[str, float]
-
-
-@dataclass(slots=True)
-class _Pending:
-    """A version that is made but not committed: what to upload, then the manifest."""
-
-    manifest: Manifest
-    uploads: list[tuple[ObjectRef, list[bytes | memoryview]]]
-    report: PublishReport
-    began: float
-
-    def delta(self) -> list[bytes | memoryview]:
-        """The patch, if it is not uploaded yet."""
-        keys = {delta.object.key for delta in self.manifest.deltas}
-        return next((buffers for ref, buffers in self.uploads if ref.key in keys), [])
 
 
 class Publisher:
@@ -102,6 +68,12 @@ class Publisher:
         skips: ``"ladder"`` writes skip deltas in the background, after a version is committed, so that who is far
             behind catches up with few bytes; they cost more upload than the patches themselves. ``thinwire compact``
             can write them anywhere else. See ``docs/skips.md``.
+        key: sign with this private key: an Ed25519 one (:class:`thinwire.crypto.SigningKey`), its file, anything that
+            signs, or several of them. See ``docs/trust.md``.
+        trust: go on only from versions that these keys have signed: a trust document's file, public keys' files, or a
+            :class:`~thinwire.sync.trust.Trust`. By default, with ``key``, the public keys of ``key``.
+        adopt: digest of the manifest of the store's newest version, to go on from it though the keys that are trusted
+            have not signed it: one that was published without keys, or before keys were revoked.
 
     One snapshot of the last published state is kept in host memory. A publisher that starts on a store with versions
     in it goes on from the newest one; its base is proved by digest, and no anchor is needed for that.
@@ -109,6 +81,8 @@ class Publisher:
     Raises:
         ConflictError: (any call) another publisher has written the next version. Start a new publisher.
         UnsafeStoreError: (first publish) the store does not enforce create-only writes.
+        UntrustedError: (first publish) keys that are trusted have not signed the store's newest version, or would not
+            count what this publisher signs.
         RetryError: the store fails for longer than ``retry_s``. Nothing is lost: the version stays pending and goes out
             with the next call of :meth:`publish` or :meth:`flush`.
 
@@ -139,6 +113,9 @@ class Publisher:
         threads: int = 0,
         retry_s: float = 60.0,
         skips: Literal["ladder"] | None = None,
+        key: Keys | None = None,
+        trust: Pinned | None = None,
+        adopt: str | None = None,
     ) -> None:
         if hash not in HASHES:
             raise MisuseError(f"hash must be one of {', '.join(HASHES)}, not {hash!r}")
@@ -150,16 +127,23 @@ class Publisher:
         self.dtype, self.options, self.hash = dtype, Options(level, values, threads), hash
         self.anchor_ratio, self.anchor_every = anchor_ratio, anchor_every
         self.single_publisher, self.shard_bytes_max, self.retry_s = single_publisher, shard_bytes_max, retry_s
-        self._remote = Remote(self.store, retry_s=retry_s)
+        self._signers = signers_of(key)
+        pinned = None if trust is None else read_trust(trust)
+        if pinned is None and self._signers:
+            pinned = Trust(TrustDocument.of_keys([signer.public for signer in self._signers]))
+        vouched = frozenset() if adopt is None else frozenset({adopt})
+        self._remote = Remote(self.store, retry_s=retry_s, trust=pinned, vouched=vouched)
         self._opened = False
         self._head: Manifest | None = None
         self._chain_bytes = 0
         self._snapshot: Snapshot | None = None
-        self._pending: _Pending | None = None
+        self._pending: Pending | None = None
         self._background: Future[PublishReport] | None = None
         self._pool: ThreadPoolExecutor | None = None
         self._lock = threading.Lock()
-        self._skips = BackgroundCompactor(self.store, retry_s=retry_s, threads=threads) if skips else None
+        self._skips = (
+            BackgroundCompactor(self.store, retry_s=retry_s, threads=threads, signers=self._signers) if skips else None
+        )
 
     @overload
     def publish(
@@ -232,7 +216,21 @@ class Publisher:
             self._settle()
             if self._skips is not None:
                 self._skips.wait()
-            return compact(self.store, retry_s=self.retry_s, threads=self.options.threads)
+            return compact(self.store, retry_s=self.retry_s, threads=self.options.threads, key=self._signers)
+
+    def heartbeat(self) -> Heartbeat:
+        """Sign that the newest version is still the newest, for consumers that insist on hearing so (``max_age_s``).
+
+        Raises:
+            MisuseError: there is no key, or no version yet.
+            RetryError: the store does not answer.
+        """
+        with self._lock:
+            self._settle()
+            self._open()
+            if not self._signers or self._head is None:
+                raise MisuseError("a heartbeat needs a key to sign with (key=...) and a version that was published")
+            return put_heartbeat(self.store, self._head, self._signers, retry_s=self.retry_s)
 
     def close(self) -> None:
         """Wait for the version under way and stop the background threads; skip deltas not begun are left out."""
@@ -273,7 +271,7 @@ class Publisher:
                 "version. Use another store, or pass single_publisher=True if only one publisher ever runs",
                 store=self.store.url,
             )
-        self._head = self._remote.newest()
+        self._head = head_of(self._remote)
         if self._head is not None:
             if self._head.hash != self.hash:
                 raise MisuseError(f"the chain in {self.store.url} uses hash={self._head.hash!r}, not {self.hash!r}")
@@ -308,7 +306,7 @@ class Publisher:
 
     def _prepare(
         self, model: Model, step: int | None, metadata: dict[str, str], began: float, progress: Progress | None
-    ) -> _Pending:
+    ) -> Pending:
         source = StateSource(state_of(model, cast=self.dtype))
         base = self._base(source)
         based = time.perf_counter()
@@ -330,7 +328,7 @@ class Publisher:
 
     def _assemble(
         self, patch: Patch | None, step: int | None, metadata: dict[str, str], began: float, seconds: dict[str, float]
-    ) -> _Pending:
+    ) -> Pending:
         snapshot, head = self._snapshot, self._head
         assert snapshot is not None
         version = head.version + 1 if head is not None else 1
@@ -377,6 +375,7 @@ class Publisher:
             },
             metadata=metadata,
         )
+        manifest = signed(manifest, self._remote, self._signers)
         report = PublishReport(
             version=version,
             step=step,
@@ -391,7 +390,7 @@ class Publisher:
             density=changed / max(elements, 1),
             seconds=seconds,
         )
-        return _Pending(manifest, uploads, report, began)
+        return Pending(manifest, uploads, report, began)
 
     # --- upload and commit -----------------------------------------------------------------------------------------
 
@@ -407,7 +406,7 @@ class Publisher:
         committed = time.perf_counter()
         manifest = pending.manifest
         self._chain_bytes = 0 if manifest.anchor else self._chain_bytes + pending.report.patch_bytes
-        self._remote.chain.accept_newest(manifest.encode(), version=manifest.version)
+        self._remote.chain.accept_newest(manifest.encode(), version=manifest.version, now_ms=now_ms())
         self._head, self._pending = manifest, None
         with suppress(RetryError):  # only a hint: readers manage without
             self.store.put(HINT_KEY, [hint_bytes(manifest.version)])
@@ -421,7 +420,7 @@ class Publisher:
         }
         return replace(pending.report, seconds=seconds)
 
-    def _upload(self, pending: _Pending) -> None:
+    def _upload(self, pending: Pending) -> None:
         """Put the objects, several at once; those that are up are taken off the list even if others fail."""
 
         def put(item: tuple[ObjectRef, list[bytes | memoryview]]) -> None:

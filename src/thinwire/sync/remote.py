@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Protocol
@@ -20,7 +20,9 @@ from thinwire.errors import (
     UntrustedError,
 )
 from thinwire.stores.protocol import Get, List
+from thinwire.sync.guard import Guard
 from thinwire.sync.retrying import retrying
+from thinwire.sync.trust import Memory, Trust, now_ms
 from thinwire.wire import canonical
 from thinwire.wire.digests import hasher
 from thinwire.wire.manifest import Manifest, ObjectRef, manifest_key, version_of_key
@@ -33,6 +35,7 @@ HINT_KEY = "latest.json"
 """Holds the newest version's number, to save a listing. It is a hint: what it says is never taken for true."""
 
 _AHEAD = 8
+_WALK = 256
 _log = logging.getLogger(__name__)
 
 
@@ -61,13 +64,36 @@ def hash_bytes(hash_name: str, data: Iterable[bytes | bytearray | memoryview]) -
 
 
 class Remote:
-    """A store's chain as one party sees it. Not to be used by two threads at once, but for :meth:`fetch`."""
+    """A store's chain as one party sees it. Not to be used by two threads at once, but for :meth:`fetch`.
 
-    def __init__(self, store: ReadableStore, *, retry_s: float, floor: int = 0, connections: int = 8) -> None:
+    With ``trust`` only what its keys have signed is accepted, or what that names as its past; ``memory`` is what was
+    seen before, and is kept up to date; ``vouched`` are digests of manifests that the caller answers for.
+    """
+
+    def __init__(
+        self,
+        store: ReadableStore,
+        *,
+        retry_s: float,
+        floor: int = 0,
+        connections: int = 8,
+        trust: Trust | None = None,
+        memory: Memory | None = None,
+        vouched: Set[str] = frozenset(),
+    ) -> None:
         self.store = store
         self.retry_s = retry_s
         self.connections = connections
-        self.chain = TrustedChain(floor=floor)
+        self.guard = None if trust is None else Guard(store, trust, memory, retry_s=retry_s)
+        seen = None
+        if memory is not None and memory.version >= floor:
+            floor, seen = memory.version, memory.manifest
+        self.chain = TrustedChain(
+            floor=floor, seen=seen, authority=None if self.guard is None else self.guard.authority, vouched=vouched
+        )
+        self.memory = memory
+        self._proving = False
+        self._checked_seen = memory is None or memory.version == 0
         self.skips: dict[tuple[int, int], Skip] = {}
         self._bad_skips: set[tuple[int, int]] = set()
 
@@ -83,10 +109,37 @@ class Remote:
         if known is not None:
             return known
         data = self._get_manifest(version)
+        if self.guard is not None and version > max(self.chain.manifests, default=0):
+            self.guard.refresh()
         try:
-            return self.chain.accept(data, version=version)
+            return self.chain.accept(data, version=version, now_ms=now_ms())
         except RefuseError:  # one short, mangled or mistaken reply is not the store's last word
-            return self.chain.accept(self._get_manifest(version), version=version)
+            data = self._get_manifest(version)
+            if self.guard is not None:
+                self._prove(version)
+            return self.chain.accept(data, version=version, now_ms=now_ms())
+
+    def _prove(self, version: int) -> None:
+        """Walk back to ``version`` from the next one that is believed: keys end, and each manifest names its parent.
+
+        What goes wrong on the way is told by who accepts ``version`` next.
+        """
+        if self._proving:
+            return
+        self._proving = True
+        try:
+            with suppress(ObjectNotFoundError, RefuseError):
+                if not any(v > version for v in self.chain.manifests):
+                    self.newest()
+                above = [v for v in self.chain.manifests if v > version]
+                between = range(min(above) - 1, version, -1) if above else range(0)
+                with ThreadPoolExecutor(self.connections) as pool:
+                    for start in range(0, len(between), _WALK):
+                        part = between[start : start + _WALK]
+                        for number, data in zip(part, pool.map(self._get_manifest, part), strict=True):
+                            self.chain.accept(data, version=number, now_ms=now_ms())
+        finally:
+            self._proving = False
 
     def manifests(self, versions: Iterable[int]) -> None:
         """Fetch those manifests of ``versions`` that are missing, side by side; ones the store lacks are left out."""
@@ -102,7 +155,7 @@ class Remote:
             for version, data in pool.map(get, missing):
                 if data is not None:
                     try:
-                        self.chain.accept(data, version=version)
+                        self.chain.accept(data, version=version, now_ms=now_ms())
                     except RefuseError:
                         self.manifest(version)
 
@@ -141,7 +194,10 @@ class Remote:
         for last in (False, True):
             try:
                 data = retrying(lambda: self.store.get(key, size_max=SKIP_BYTES_MAX), limit_s=self.retry_s)
-                self.skips[pair] = self.chain.accept_skip(data, base=base, version=version)
+                must_be_signed = self.guard is not None and self.guard.trust.signed_skips
+                self.skips[pair] = self.chain.accept_skip(
+                    data, base=base, version=version, now_ms=now_ms(), must_be_signed=must_be_signed
+                )
                 break
             except (RefuseError, RefetchError, RetryError) as error:
                 if last:
@@ -153,8 +209,11 @@ class Remote:
         """The store's newest version, or None if it has none.
 
         Raises:
-            UntrustedError: it is older than one that has been seen.
+            UntrustedError: it is older than one that has been seen, not signed as it must be, or nobody has said for
+                too long that it is the newest.
         """
+        if self.guard is not None:
+            self.guard.refresh()
         start = max(self._hint(), self.chain.floor)
         listed = start
         for info in retrying(
@@ -176,14 +235,53 @@ class Remote:
                     "another store under the same name. Start anew, without this floor, only if that is meant",
                     seen=self.chain.floor,
                 )
-        if found is not None:
-            self.chain.accept_newest(found.encode(), version=found.version)
-        return found
+        if found is None:
+            return None
+        self._check_seen()
+        return self._note(found)
 
     def after(self, version: int) -> Manifest | None:
-        """The newest version behind ``version``, or None: one request when there is none."""
+        """The newest version behind ``version``, or None: one request when there is none.
+
+        Raises:
+            UntrustedError: as :meth:`newest`.
+        """
         found = self._next(version)
-        return None if found is None else self._at_or_after(found.version, found)
+        if found is not None:
+            return self._note(self._at_or_after(found.version, found) or found)
+        held = self.chain.manifests.get(version)
+        if self.guard is None or held is None:
+            return None
+        newer = self.guard.check_fresh(held, self._shown)
+        return None if newer is held else self._note(newer)
+
+    def _note(self, found: Manifest) -> Manifest:
+        """Take ``found``, or a newer version that a heartbeat names, for the newest; it is remembered."""
+        self.chain.accept_newest(found.encode(), version=found.version, now_ms=now_ms())
+        if self.guard is not None:
+            newer = self.guard.check_fresh(found, self._shown)
+            if newer is not found:
+                found = self._at_or_after(newer.version, newer) or newer
+                self.chain.accept_newest(found.encode(), version=found.version, now_ms=now_ms())
+        if self.memory is not None:
+            self.memory.note(found.version, found.digest)
+        return found
+
+    def _shown(self, version: int) -> Manifest | None:
+        return self._next(version - 1)
+
+    def _check_seen(self) -> None:
+        """Once after a restart: the version that was seen last must still be there, with the same manifest."""
+        if not self._checked_seen and self.memory is not None:
+            try:
+                self.manifest(self.memory.version)
+            except ObjectNotFoundError as error:
+                raise UntrustedError(
+                    f"the store no longer shows version {self.memory.version}, which has been seen, though it shows "
+                    "later ones: manifests are never deleted. Do not use this store; ask its publisher",
+                    seen=self.memory.version,
+                ) from error
+            self._checked_seen = True
 
     def _at_or_after(self, version: int, found: Manifest | None = None) -> Manifest | None:
         """The newest version from ``version`` on; looks ahead one by one, then by a listing."""
