@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 
 from thinwire.bench.sparserl import Suite, cell_id, choose_lrs, read_suite, run_suite, suite_of
 from thinwire.bench.sparserl_figures import front
-from thinwire.bench.sparserl_report import finding, leaderboard, markdown, write_report
+from thinwire.bench.sparserl_report import finding, insert, leaderboard, markdown, write_report
 from thinwire.bench.sparserl_results import read_result, read_results
 from thinwire.bench.sparserl_statistics import bootstrap, compare, pairs_of
 from thinwire.bench.sparserl_summary import METRICS, Summary, read_summaries, summary_of, write_summaries
@@ -338,6 +338,27 @@ def test_the_command_runs_and_reports(made: Path, tmp_path: Path) -> None:
     assert len((tmp_path / "kept.jsonl").read_text().splitlines()) == 12
     assert "did you mean" in str(run("--methods", "apsg", code=2).exception)
     assert "4 runs to tune, 12 runs" in run("--suite", str(config), "-o", str(made), "--list").stderr
+
+
+def test_the_report_goes_between_the_marks_of_a_page(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- sparserl: begin -->\nold\n<!-- sparserl: end -->\nafter\n")
+    for text in ("new", "newer"):
+        insert(text, page)
+    assert page.read_text() == "before\n<!-- sparserl: begin -->\n\nnewer\n<!-- sparserl: end -->\nafter\n"
+    page.write_text("<!-- sparserl: end --> <!-- sparserl: begin -->")
+    with pytest.raises(MisuseError, match="no <!--"):
+        insert("new", page)
+
+
+def test_the_tables_of_the_page_are_those_of_the_rows() -> None:
+    page = (ROOT / "docs" / "sparserl.md").read_text()
+    kept = sorted((ROOT / "bench" / "results").glob("sparserl-*.jsonl"))
+    rows = [row for path in kept for row in read_summaries(path)]
+    shown = page.partition("<!-- sparserl: begin -->")[2].partition("<!-- sparserl: end -->")[0]
+    assert (markdown(rows).strip() if rows else "No rows are kept") in shown
+    for metric in METRICS:
+        assert f"`{metric}`" in page
 
 
 def test_configurations_name_nothing_unknown() -> None:

@@ -92,6 +92,7 @@ def report(
         Path | None, typer.Option("--out", "-o", help="Folder to write into.", show_default="that of the results")
     ] = None,
     rows: Annotated[Path | None, typer.Option(help="Write a line of JSON a run to this file, to be kept.")] = None,
+    into: Annotated[Path | None, typer.Option(help="Put the report between the marks of this page, too.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the leaderboard as JSON.")] = False,
 ) -> None:
     """Tables, Pareto plots and a static leaderboard page of results that there are."""
@@ -100,6 +101,10 @@ def report(
     console = _console()
     if rows is not None:
         write_summaries(rows, read_summaries(results))
+    if into is not None:
+        from thinwire.bench.sparserl_report import insert, markdown
+
+        insert(markdown(read_summaries(results)), into)
     _report(console, results, out or (results if results.is_dir() else results.parent), as_json)
 
 

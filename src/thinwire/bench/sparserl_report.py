@@ -11,10 +11,12 @@ from typing import Any
 from thinwire.bench.sparserl_results import SCHEMA
 from thinwire.bench.sparserl_statistics import Comparison, bootstrap, cells_of, compare, difference, pairs_of
 from thinwire.bench.sparserl_summary import METRICS, Summary
+from thinwire.errors import MisuseError
 from thinwire.lab.study.statistics import Estimate
 
-__all__ = ["leaderboard", "markdown", "methods_of", "write_report"]
+__all__ = ["insert", "leaderboard", "markdown", "methods_of", "write_report"]
 
+_BEGIN, _END = "<!-- sparserl: begin -->", "<!-- sparserl: end -->"
 DENSE, RANDOM, ASPG = "dense", "random-mask", "aspg"
 
 Row = dict[str, Any]
@@ -217,6 +219,20 @@ def markdown(summaries: Sequence[Summary]) -> str:
     for model in _models(summaries):
         parts += [f"### {model}", entries_table(board, model), tasks_table(board, model)]
     return "\n\n".join(parts) + "\n"
+
+
+def insert(text: str, path: Path) -> None:
+    """Put ``text`` between the two marks of a page, in place of what is there.
+
+    Raises:
+        MisuseError: the page has not both marks, in their order.
+    """
+    page = path.read_text()
+    head, begin, rest = page.partition(_BEGIN)
+    _, end, tail = rest.partition(_END)
+    if not begin or not end:
+        raise MisuseError(f"{path} has no {_BEGIN} with {_END} after it; put both where the report belongs")
+    path.write_text(f"{head}{begin}\n\n{text}\n{end}{tail}")
 
 
 def write_report(summaries: Sequence[Summary], out: Path) -> list[Path]:

@@ -78,6 +78,8 @@ def _begin_with(inner: Any, context: Sequence[int]) -> None:
     tokens = torch.tensor([list(context[-count:])])
     if str(inner.active_peft_config.peft_type.value) == "PREFIX_TUNING":
         cache = base(input_ids=tokens, use_cache=True).past_key_values
+        if not hasattr(_peft(), "initialize_kv_prefix_from_past_key_values"):
+            raise MisuseError("prefix tuning needs a newer PEFT, which can set a prefix: pip install -U peft")
         _peft().initialize_kv_prefix_from_past_key_values(inner, past_key_values=cache)
     else:
         inner.prompt_encoder[inner.active_adapter].embedding.weight.copy_(base.get_input_embeddings()(tokens)[0])

@@ -158,7 +158,7 @@ def context_of(task: Task, source: random.Random, length: int) -> str:
 
     >>> from thinwire.lab.tasks import SortDigits
     >>> context_of(SortDigits(3), random.Random(0), 9)
-    '940>049 '
+    ' 487>478 '
     """
     text = ""
     while len(text) < length:

@@ -187,7 +187,9 @@ def train(cell: Cell, starts: Path) -> dict[str, Any]:
             scores = _scores(cell, prepared)
     except (DivergedError, RefuseError) as problem:
         status, error = "diverged", str(problem)
-    rows = [{"step": i, **a, **b} for i, (a, b) in enumerate(zip_longest(curve, learner.rows, fillvalue={}), start=1)]
+    empty: dict[str, float] = {}  # a run that diverged may have a row of one kind more than of the other
+    pairs = zip_longest(curve, learner.rows, fillvalue=empty)
+    rows = [{"step": number, **learnt, **stepped} for number, (learnt, stepped) in enumerate(pairs, start=1)]
     return {
         "status": status, "error": error, "before": start.scores.get(cell.task, {}),
         "others_before": {task: start.scores[task] for task in cell.others},
