@@ -114,10 +114,8 @@ class EncryptedStore:
     """
 
     def __init__(self, inner: Store, keys: Sequence[bytes]) -> None:
-        if isinstance(keys, bytes) or not keys or any(len(key) != KEY_BYTES for key in keys):
-            raise MisuseError(
-                f"an encrypted store needs a list of keys of {KEY_BYTES} bytes, the one to write with first"
-            )
+        if not keys or not all(isinstance(key, bytes) and len(key) == KEY_BYTES for key in keys):
+            raise MisuseError(f"an encrypted store needs a list of keys of {KEY_BYTES} bytes, that to write with first")
         Sealer(keys[0])
         self.inner = inner
         self._keys = {_key_id(key): key for key in keys}
