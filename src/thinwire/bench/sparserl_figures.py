@@ -83,5 +83,6 @@ def _panel(axes: Any, entries: Sequence[dict[str, Any]], cost: str, names: Seque
     axes.plot([x for x, _ in best], [y for _, y in best], color="0.6", lw=1, ls="--", zorder=1)
     if cost != "forgetting":
         axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:,g}")
     axes.grid(color="0.92")
     axes.spines[["top", "right"]].set_visible(False)

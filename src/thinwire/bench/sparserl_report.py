@@ -204,7 +204,8 @@ def markdown(summaries: Sequence[Summary]) -> str:
     seeds = len({s["seed"] for s in summaries})
     verdicts = "\n".join(
         f"* {c['method']} against {c['against']}: {c['verdict']}, {100 * c['bootstrap']['mean']:+.1f} points "
-        f"({100 * c['bootstrap']['low']:+.1f} to {100 * c['bootstrap']['high']:+.1f}), {c['bootstrap']['runs']} pairs"
+        f"({100 * c['bootstrap']['low']:+.1f} to {100 * c['bootstrap']['high']:+.1f}), "
+        f"{c['bootstrap']['runs']} pairs of runs"
         for c in board["comparisons"]
     )  # fmt: skip
     parts = [
