@@ -114,10 +114,17 @@ def test_the_character_tokenizer_of_transformers_is_ours() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ["trl-grpo", "trl-rloo"])
-def test_trl_trains_the_same_methods(starts: Path, algorithm: str) -> None:
+def test_trl_trains_the_same_methods(starts: Path, tmp_path: Path, algorithm: str) -> None:
     pytest.importorskip("trl", reason="TRL is not installed")
+    task = tmp_path / "odd.py"  # worth something to a model that knows nothing
+    task.write_text(
+        "from thinwire.lab.sparserl.tasks.base import TaskEntry\nfrom thinwire.lab.tasks import SortDigits\n"
+        "class Odd(SortDigits):\n    def reward(self, problem, completion):\n"
+        "        return ord(completion[0]) % 2 if completion else 0\n"
+        "TASK = TaskEntry(about='odd first letter', make=lambda part: Odd(3), answer_tokens=4, generated=False)\n"
+    )
     for method in ("random-mask", "lora"):
-        cell = replace(CELL, algorithm=algorithm, method=method, lr=1e-2)
+        cell = replace(CELL, algorithm=algorithm, method=method, task=str(task), lr=1e-2)
         record = train(cell, starts)
         assert record["status"] == "success"
         assert len(record["steps"]) == cell.steps
