@@ -17,9 +17,11 @@ from thinwire.cli.following import follow, pull
 from thinwire.cli.group import Commands
 from thinwire.cli.history import gc, log, verify
 from thinwire.cli.inspecting import inspect
+from thinwire.cli.keys import keygen
 from thinwire.cli.options import examples
 from thinwire.cli.patching import apply, diff
 from thinwire.cli.publishing import publish
+from thinwire.cli.reporting import report
 
 __all__ = ["app", "main"]
 
@@ -36,6 +38,7 @@ class _Commands(Commands):
         "merge": ("thinwire.cli.merging", "app", "Merge fine-tunes of one base, sparse as they are."),
         "probe": ("thinwire.cli.probing", "app", "Measure which weights move, and how much of it is rounding."),
         "study": ("thinwire.cli.studying", "app", "Answer questions about sparsity by experiments."),
+        "trust": ("thinwire.cli.keys", "app", "Say whose signatures count, and renew that nothing is stale."),
         "train": ("thinwire.cli.training", "app", "Train with compressed gradients, on one process or many."),
     }
 
@@ -115,6 +118,11 @@ _add(
     "thinwire log s3://bucket/run --limit 5 --json",
 )
 _add(
+    report,
+    "thinwire report /shared/run -o report.html",
+    "thinwire report s3://bucket/run --last 200 --json",
+)
+_add(
     verify,
     "thinwire verify s3://bucket/run",
     "thinwire verify /shared/run --deep",
@@ -129,6 +137,11 @@ _add(
     gc,
     "thinwire gc s3://bucket/run --dry-run",
     "thinwire gc /shared/run --keep-last 50 --keep 1 --grace 1d",
+)
+_add(
+    keygen,
+    "thinwire keygen publisher.key",
+    "thinwire keygen objects.key --objects",
 )
 
 

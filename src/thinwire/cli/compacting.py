@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from thinwire.cli.options import Json, StoreArgument, Threads, existing_store
+from thinwire.cli.options import Json, KeyOption, StoreArgument, Threads, TrustOption, existing_store, trust_of
 from thinwire.cli.output import Output, bytes_text, count_text, watched
 
 if TYPE_CHECKING:
@@ -25,6 +25,8 @@ def compact(
         bool, typer.Option("--dense", help="From 2, 4, ... 64 versions before every version: larger, and shorter ways.")
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Write nothing, only tell what would be.")] = False,
+    key: KeyOption = None,
+    trust: TrustOption = None,
     threads: Threads = 0,
     as_json: Json = False,
 ) -> None:
@@ -32,7 +34,8 @@ def compact(
 
     Who is many versions behind then fetches a few patches instead of one a version. They are made of the patches that
     are there, anywhere where the store can be read and objects be created in it. Being killed loses nothing: run it
-    again, and what has been written is kept. Nobody ever needs a skip delta, so deleting all of them does no harm.
+    again, and what has been written is kept. Nobody ever needs a skip delta, so deleting all of them does no harm; nor
+    need they be signed, for the state's digest decides.
     """
     output = Output(ctx, as_json=as_json)
     from thinwire.sync import compactor
@@ -42,6 +45,7 @@ def compact(
         report = compactor.compact(
             watched(opened, bars), kind="dense" if dense else "ladder", dry_run=dry_run,
             retry_s=RETRY_S, threads=threads, progress=lambda done, total: bars("compact", done, total),
+            key=list(key or ()), trust=trust_of(trust),
         )  # fmt: skip
     output.document({"store": opened.url, **asdict(report), "written_bytes": report.written_bytes})
     output.say(_text(report))

@@ -13,12 +13,23 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from thinwire.cli.options import Json, StoreArgument, Threads, existing_store, seconds_of
+from thinwire.cli.options import (
+    Json,
+    MaxAge,
+    StoreArgument,
+    Threads,
+    TrustOption,
+    existing_store,
+    opened_store,
+    seconds_of,
+    trust_of,
+)
 from thinwire.cli.output import Output, bytes_text, watched
 from thinwire.errors import NoPathError, ObjectNotFoundError, RetryError, StoreUnavailableError
 
 if TYPE_CHECKING:
     from thinwire.cli.mirror import Mirror, Update
+    from thinwire.sync.trust import Trust
     from thinwire.wire.manifest import Manifest
 
 __all__ = ["follow", "pull"]
@@ -42,19 +53,28 @@ def _text(update: Update) -> str:
 
 
 @contextmanager
-def _mirror(output: Output, url: str, out: Path, threads: int, *, forward: bool, wait: bool) -> Iterator[Mirror]:
-    """The folder, locked. ``forward`` refuses versions older than what it holds; ``wait``: the store may come later."""
-    from thinwire.cli.mirror import Mirror
-    from thinwire.stores import open_store
-    from thinwire.sync.remote import Remote
+def _mirror(
+    output: Output, url: str, out: Path, threads: int, *, forward: bool, wait: bool, trust: Trust | None
+) -> Iterator[Mirror]:
+    """The folder, locked. ``forward`` refuses versions older than what it holds; ``wait``: the store may come later.
 
-    store = open_store(url) if wait else existing_store(url)
+    With ``trust`` the folder also remembers the newest version and keys that were seen.
+    """
+    from thinwire.cli.mirror import MEMORY_NAME, Mirror
+    from thinwire.sync.remote import Remote
+    from thinwire.sync.trust import Memory
+
+    store = opened_store(url) if wait else existing_store(url)
     with output.bars() as bars:
         mirror = Mirror(
             out, Remote(watched(store, bars), retry_s=RETRY_S), threads=threads, stages=bars, warn=output.warn
         )
         with mirror.locked():
-            mirror.remote.chain.floor = mirror.version() if forward else 0
+            if trust is not None:
+                memory = Memory.open(out / MEMORY_NAME)
+                mirror.remote = Remote(mirror.remote.store, retry_s=RETRY_S, trust=trust, memory=memory)
+            if forward:
+                mirror.remote.chain.floor = max(mirror.remote.chain.floor, mirror.version())
             yield mirror
 
 
@@ -63,6 +83,8 @@ def pull(
     store: StoreArgument,
     out: OutFolder,
     version: Annotated[int | None, typer.Option(min=1, help="The version; the newest by default.")] = None,
+    trust: TrustOption = None,
+    max_age: MaxAge = None,
     threads: Threads = 0,
     as_json: Json = False,
 ) -> None:
@@ -72,7 +94,8 @@ def pull(
     not at all; it names its version and state in its metadata.
     """
     output = Output(ctx, as_json=as_json)
-    with _mirror(output, store, out, threads, forward=version is None, wait=False) as mirror:
+    pinned = trust_of(trust, max_age)
+    with _mirror(output, store, out, threads, forward=version is None, wait=False, trust=pinned) as mirror:
         if version is None:
             target = mirror.newest()
             if target is None:
@@ -104,6 +127,8 @@ def follow(
     command: Annotated[
         str | None, typer.Option("--exec", metavar="CMD", help="Shell command to run after each update.")
     ] = None,
+    trust: TrustOption = None,
+    max_age: MaxAge = None,
     threads: Threads = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON a version on stdout.")] = False,
 ) -> None:
@@ -114,7 +139,8 @@ def follow(
     THINWIRE_FILE in its environment; its output goes to stderr.
     """
     output = Output(ctx, as_json=as_json)
-    with _mirror(output, store, out, threads, forward=True, wait=True) as mirror:
+    pinned = trust_of(trust, max_age)
+    with _mirror(output, store, out, threads, forward=True, wait=True, trust=pinned) as mirror:
         deadline = _Deadline(timeout)
         for update in _updates(mirror, output, deadline, poll, once):
             document: dict[str, Any] = asdict(update)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -27,8 +27,10 @@ from thinwire.wire.spec import MANIFEST_BYTES_MAX
 if TYPE_CHECKING:
     from thinwire.stores.protocol import Store
     from thinwire.sync.files import Stages
+    from thinwire.sync.host import HostState
+    from thinwire.sync.remote import Remote
 
-__all__ = ["Chain", "Problem", "check_chain", "check_objects", "read_chain", "replay"]
+__all__ = ["Chain", "Problem", "check_chain", "check_object", "check_objects", "read_chain", "replay"]
 
 RETRY_S = 30.0
 _PIECE_BYTES = 64 << 20
@@ -137,7 +139,7 @@ def check_objects(store: Store, chain: Chain, *, stages: Stages | None = None) -
     def check(ref: ObjectRef) -> Problem | None:
         nonlocal done
         try:
-            _check_object(store, ref, hashes[ref.key])
+            check_object(store, ref, hashes[ref.key])
         except (RefuseError, RefetchError) as error:
             return Problem.of(ref.key, error)
         finally:
@@ -156,16 +158,17 @@ def check_objects(store: Store, chain: Chain, *, stages: Stages | None = None) -
     return found, len(needed), total
 
 
-def _check_object(store: Store, ref: ObjectRef, hash_name: str) -> None:
+def check_object(store: Store, ref: ObjectRef, hash_name: str, whose: str = "manifest") -> None:
+    """Read an object, in pieces if it is large. Raises RefetchError if it is not what its manifest, or record, says."""
     if ref.size <= _PIECE_BYTES:
         data = retrying(lambda: store.get(ref.key, size_max=ref.size), limit_s=RETRY_S)
         size, actual = len(data), hash_bytes(hash_name, [data])
     else:
         size, actual = _digest_in_pieces(store, ref, hash_name)
     if size != ref.size:
-        raise DamagedObjectError(f"it has {size} bytes, its manifest says {ref.size}")
+        raise DamagedObjectError(f"it has {size} bytes, its {whose} says {ref.size}")
     if actual != ref.digest:
-        raise DamagedObjectError(f"it has digest {actual}, its manifest says {ref.digest}")
+        raise DamagedObjectError(f"it has digest {actual}, its {whose} says {ref.digest}")
 
 
 def _digest_in_pieces(store: Store, ref: ObjectRef, hash_name: str) -> tuple[int, str]:
@@ -190,12 +193,20 @@ def _check_tree(store: Store, manifest: Manifest) -> list[Problem]:
     return []
 
 
-def replay(store: Store, chain: Chain, *, threads: int = 0, stages: Stages | None = None) -> list[Problem]:
+def replay(
+    store: Store,
+    chain: Chain,
+    *,
+    threads: int = 0,
+    stages: Stages | None = None,
+    beside: Callable[[Remote, HostState], list[Problem]] | None = None,
+) -> list[Problem]:
     """Build every version that must be reachable and every anchor, and compare their digests with the manifests.
 
-    Memory holds one state and one anchor.
+    ``beside`` is called with each state that was proved, and tells what else is wrong. Memory holds one state and one
+    anchor.
     """
-    from thinwire.sync.host import HostState, fetch_state
+    from thinwire.sync.host import fetch_state
     from thinwire.sync.remote import Remote
 
     remote = Remote(store, retry_s=RETRY_S)
@@ -212,6 +223,8 @@ def replay(store: Store, chain: Chain, *, threads: int = 0, stages: Stages | Non
         except ThinwireError as error:
             found.append(Problem.of(manifest_key(version), error))
             held = None
+        if held is not None and beside is not None:
+            found += beside(remote, held)
     return found
 
 

@@ -10,13 +10,23 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from thinwire.cli.options import Json, StoreArgument, Threads, existing_store, seconds_of
+from thinwire.cli.options import (
+    Json,
+    MaxAge,
+    StoreArgument,
+    Threads,
+    TrustOption,
+    existing_store,
+    seconds_of,
+    trust_of,
+)
 from thinwire.cli.output import Output, age_text, bytes_text, count_text, share_text, watched
 from thinwire.cli.reading import kind_of, read_patch
 from thinwire.errors import MisuseError
 
 if TYPE_CHECKING:
     from thinwire.cli.health import Problem
+    from thinwire.sync.trust import Trust
     from thinwire.wire.manifest import Manifest
 
 __all__ = ["gc", "log", "verify"]
@@ -31,6 +41,8 @@ def log(
     ctx: typer.Context,
     store: StoreArgument,
     limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="Show this many versions, the newest first.")] = 20,
+    trust: TrustOption = None,
+    max_age: MaxAge = None,
     as_json: Json = False,
 ) -> None:
     """List the versions in a store, the newest first."""
@@ -40,7 +52,7 @@ def log(
 
     opened = existing_store(store)
     with output.bars() as bars:
-        remote = Remote(watched(opened, bars), retry_s=RETRY_S)
+        remote = Remote(watched(opened, bars), retry_s=RETRY_S, trust=trust_of(trust, max_age))
         newest = remote.newest()
         if newest is None:
             raise MisuseError(f"{opened.url} holds no versions", store=opened.url)
@@ -94,6 +106,8 @@ def verify(
     deep: Annotated[
         bool, typer.Option("--deep", help="Of a store: replay every version, compare all digests.")
     ] = False,
+    trust: TrustOption = None,
+    max_age: MaxAge = None,
     base: Annotated[
         Path | None, typer.Option(help="Of a patch: the checkpoint that it starts from; then all is checked.")
     ] = None,
@@ -103,8 +117,9 @@ def verify(
     """Check that a store or a patch is whole; list everything that is not.
 
     A store: every manifest is read and links to the one before, every object that a version needs is there with the
-    size and digest that its manifest names. The exit code is 0 only if all is well; 5 if objects are missing or
-    damaged; 3 if something contradicts what was published.
+    size and digest that its manifest names, every skip delta fits the versions between which it leads. With --trust
+    every version is signed by those keys, or the past of one that is. The exit code is 0 only if all is well; 5 if
+    objects are missing or damaged; 3 if something contradicts what was published.
     """
     output = Output(ctx, as_json=as_json)
     kind = kind_of(what)
@@ -117,11 +132,12 @@ def verify(
         return
     if base is not None:
         raise MisuseError("--base is for patches; a store is checked in full with --deep")
-    _verify_store(output, what, deep, threads)
+    _verify_store(output, what, deep, threads, trust_of(trust, max_age))
 
 
-def _verify_store(output: Output, url: str, deep: bool, threads: int) -> None:
+def _verify_store(output: Output, url: str, deep: bool, threads: int, trust: Trust | None) -> None:
     from thinwire.cli.health import check_chain, check_objects, read_chain, replay
+    from thinwire.cli.health_signed import check_signed, check_skips, replay_skips
     from thinwire.sync.collector import expected_objects
 
     store = existing_store(url)
@@ -130,13 +146,21 @@ def _verify_store(output: Output, url: str, deep: bool, threads: int) -> None:
         problems: list[Problem] = [*chain.problems, *check_chain(chain.manifests)]
         found, objects, size = check_objects(store, chain, stages=bars)
         problems += found
+        if trust is not None:
+            problems += check_signed(store, chain, trust)
+        skips = check_skips(store, chain, trust)
+        problems += skips.problems
         if deep:
-            problems += replay(store, chain, threads=threads, stages=bars)
+            problems += replay(
+                store, chain, threads=threads, stages=bars,
+                beside=lambda remote, held: replay_skips(remote, held, skips.found, threads=threads),
+            )  # fmt: skip
     kept = sorted(expected_objects(chain.manifests, chain.collected)[0])
     output.document(
         {
             "store": store.url, "ok": not problems, "versions": len(chain.manifests), "kept": kept,
-            "objects": objects, "bytes": size, "replayed": len(kept) if deep else 0,
+            "skips": len(skips.found), "objects": objects + skips.objects, "bytes": size + skips.size,
+            "signed": trust is not None, "replayed": len(kept) if deep else 0,
             "problems": [problem.to_json() for problem in problems],
         }
     )  # fmt: skip
@@ -144,7 +168,8 @@ def _verify_store(output: Output, url: str, deep: bool, threads: int) -> None:
     output.say(
         f"{store.url}: {len(chain.manifests)} versions"
         + (f" ({given_up} given up by gc)" if given_up else "")
-        + f", {objects} objects, {bytes_text(size)}"
+        + (f", {len(skips.found)} skip deltas" if skips.found else "")
+        + f", {objects + skips.objects} objects, {bytes_text(size + skips.size)}"
         + (f"; {len(kept)} versions replayed" if deep else "")
     )
     for problem in problems:
@@ -207,6 +232,7 @@ def gc(
         float, typer.Option(parser=seconds_of, metavar="TIME", help="Delete nothing younger, such as 30m or 2d.")
     ] = "1h",  # type: ignore[assignment]
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Delete nothing, only tell what would be.")] = False,
+    trust: TrustOption = None,
     as_json: Json = False,
 ) -> None:
     """Delete the objects that no kept version needs.
@@ -222,6 +248,7 @@ def gc(
         report = collect(
             opened, keep_last=keep_last, keep=frozenset(keep or ()), grace_s=grace, dry_run=dry_run,
             now_s=time.time(), retry_s=RETRY_S, progress=lambda done, total: bars("delete", done, total),
+            trust=trust_of(trust),
         )  # fmt: skip
     output.document({"store": opened.url, **asdict(report), "deleted_bytes": report.deleted_bytes})
     verb = "would delete" if dry_run else "deleted"

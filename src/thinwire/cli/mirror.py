@@ -32,9 +32,11 @@ from thinwire.wire.container import PREFIX_BYTES
 from thinwire.wire.manifest import Manifest
 from thinwire.wire.patch import Patch
 
-__all__ = ["FILE_NAME", "Mirror", "Update"]
+__all__ = ["FILE_NAME", "MEMORY_NAME", "Mirror", "Update"]
 
 FILE_NAME = "model.safetensors"
+MEMORY_NAME = ".thinwire.seen.json"
+"""What a follower that pins keys has seen of the store (:class:`thinwire.sync.trust.Memory`)."""
 VERSION_KEY, STATE_KEY = "thinwire.version", "thinwire.state"
 _LOCK_NAME = ".thinwire.lock"
 _SPARE_BYTES = 64  # of the header, so that it can name later versions without moving the tensors

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,10 +15,11 @@ from thinwire.errors import MisuseError
 
 if TYPE_CHECKING:
     from thinwire.stores.protocol import Store
+    from thinwire.sync.trust import Trust
 
 __all__ = [
-    "Dtype", "Hash", "HashOption", "Json", "Level", "LevelOption", "StoreArgument", "Threads", "Values", "ValuesOption",
-    "examples", "existing_store", "seconds_of",
+    "Dtype", "Hash", "HashOption", "Json", "KeyOption", "Level", "LevelOption", "MaxAge", "StoreArgument", "Threads",
+    "TrustOption", "Values", "ValuesOption", "examples", "existing_store", "opened_store", "seconds_of", "trust_of",
 ]  # fmt: skip
 
 
@@ -81,6 +84,41 @@ def seconds_of(text: str | float) -> float:
     return float(found[1]) * _SECONDS[found[2]]
 
 
+KeyOption = Annotated[
+    list[Path] | None,
+    typer.Option("--key", envvar="THINWIRE_KEY", metavar="FILE", help="Sign with this private key; repeatable."),
+]
+TrustOption = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--trust", envvar="THINWIRE_TRUST", metavar="FILE",
+        help="Accept only what a trust document's keys, or one of these public keys, have signed.",
+    ),
+]  # fmt: skip
+MaxAge = Annotated[
+    float | None,
+    typer.Option(
+        parser=seconds_of, envvar="THINWIRE_MAX_AGE", metavar="TIME",
+        help="With --trust: refuse a newest version that nobody has called so for so long, such as 10m.",
+    ),
+]  # fmt: skip
+
+
+def trust_of(paths: Sequence[Path] | None, max_age_s: float | None = None) -> Trust | None:
+    """What --trust names, or None without it.
+
+    Raises:
+        MisuseError: a file cannot be used, or --max-age without --trust.
+    """
+    if not paths:
+        if max_age_s is not None:
+            raise MisuseError("--max-age needs --trust: whose word is to be recent?")
+        return None
+    from thinwire.sync.trust import read_trust
+
+    return read_trust(list(paths), max_age_s=max_age_s)
+
+
 def examples(*lines: str) -> str:
     """The end of a help text: examples, one a line."""
     return "\n\n".join(["[bold]Examples[/]", *(f"  [cyan]{line}[/]" for line in lines)])
@@ -92,8 +130,23 @@ def existing_store(url: str) -> Store:
     Raises:
         MisuseError: it is a folder that is not there, or nothing here knows such a store.
     """
-    from thinwire.stores import open_store
-
     if "://" not in url and not Path(url).is_dir():
         raise MisuseError(f"there is no store {url}: no such folder", store=url)
-    return open_store(url)
+    return opened_store(url)
+
+
+def opened_store(url: str) -> Store:
+    """The store at ``url``; its objects are encrypted if THINWIRE_OBJECT_KEY names key files (separated by ``:``), of
+    which the first one writes.
+
+    Raises:
+        MisuseError: nothing here knows such a store, or a key file cannot be used.
+    """
+    from thinwire.stores import open_store
+
+    store, names = open_store(url), os.environ.get("THINWIRE_OBJECT_KEY", "")
+    if not names:
+        return store
+    from thinwire.stores.encrypted import EncryptedStore, read_object_keys
+
+    return EncryptedStore(store, read_object_keys([name for name in names.split(os.pathsep) if name]))

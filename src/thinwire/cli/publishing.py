@@ -13,12 +13,16 @@ from thinwire.cli.options import (
     Hash,
     HashOption,
     Json,
+    KeyOption,
     Level,
     LevelOption,
     StoreArgument,
     Threads,
+    TrustOption,
     Values,
     ValuesOption,
+    opened_store,
+    trust_of,
 )
 from thinwire.cli.output import Output, bytes_text, share_text, watched
 
@@ -55,6 +59,12 @@ def publish(
         bool,
         typer.Option("--single-publisher", help="Allow a store that cannot refuse to overwrite: only one may publish."),
     ] = False,
+    key: KeyOption = None,
+    trust: TrustOption = None,
+    adopt: Annotated[
+        str | None,
+        typer.Option(metavar="DIGEST", help="Go on from the newest version, unsigned as it is, with this manifest."),
+    ] = None,
     threads: Threads = 0,
     as_json: Json = False,
 ) -> None:
@@ -64,7 +74,6 @@ def publish(
     """
     output = Output(ctx, as_json=as_json)
     metadata = _metadata(meta or [])
-    from thinwire.stores import open_store
     from thinwire.sync.checkpoint import open_checkpoint, tensors_of
     from thinwire.sync.files import stage_of
     from thinwire.sync.publisher import Publisher
@@ -73,7 +82,7 @@ def publish(
     opened = open_checkpoint(checkpoint)
     with output.bars() as bars:
         publisher = Publisher(
-            watched(open_store(store), bars),
+            watched(opened_store(store), bars),
             dtype=None if dtype is None else torch_dtype(dtype.value.upper()),
             level=level.value,
             values=values.value,
@@ -82,6 +91,9 @@ def publish(
             anchor_every=anchor_every,
             single_publisher=single_publisher,
             threads=threads,
+            key=list(key or ()) or None,
+            trust=trust_of(trust),
+            adopt=adopt,
         )
         report = publisher.publish(
             tensors_of(opened.map()), step=step, metadata=metadata, progress=stage_of(bars, "encode")

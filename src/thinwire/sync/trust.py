@@ -30,8 +30,8 @@ from thinwire.wire.signing import Signer, parse_public, sign
 from thinwire.wire.trust import TRUST_BYTES_MAX, PublicKey, Role, TrustDocument, trust_key
 
 __all__ = [
-    "Keys", "Memory", "Pinned", "Trust", "first_document", "next_document", "now_ms", "publish_document", "read_trust",
-    "signers_of",
+    "Keys", "Memory", "Pinned", "Trust", "first_document", "next_document", "now_ms", "publish_document",
+    "read_public", "read_trust", "signers_of",
 ]  # fmt: skip
 
 _MEMORY_FORMAT = "thinwire.seen.v1"
@@ -86,13 +86,15 @@ def read_trust(pinned: Pinned, *, max_age_s: float | None = None, signed_skips: 
             document.signed(), document.signatures, role="root", now_ms=0, what=f"the trust document {paths[0]}"
         )
         return Trust(document, max_age_s, signed_skips)
-    publics = []
-    for path, text in zip(paths, texts, strict=True):
-        try:
-            publics.append(parse_public(text.decode("ascii", "replace")))
-        except MisuseError as error:
-            raise MisuseError(f"{path}: {error}", path=str(path)) from error
-    return Trust(TrustDocument.of_keys(publics), max_age_s, signed_skips)
+    return Trust(TrustDocument.of_keys([read_public(path) for path in paths]), max_age_s, signed_skips)
+
+
+def read_public(path: str | os.PathLike[str]) -> bytes:
+    """The public key in a file, as ``thinwire keygen`` writes it. Raises MisuseError."""
+    try:
+        return parse_public(_read(Path(path)).decode("ascii", "replace"))
+    except MisuseError as error:
+        raise MisuseError(f"{path}: {error}", path=str(path)) from error
 
 
 def _read(path: Path) -> bytes:
