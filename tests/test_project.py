@@ -59,7 +59,7 @@ OPTIONAL = {
     "matplotlib": {"bench", "lab", "merge", "probe"},
     "mergekit": {"bench"},
     "pcodec": {"bench"},
-    "plotly": {"bench", "lab"},
+    "plotly": {"bench", "cli", "lab"},
     "pyarrow": {"lab", "probe"},
     "reasoning_gym": {"lab"},
     "sklearn": {"lab"},

@@ -25,7 +25,7 @@ from thinwire.cli.output import Bars, age_text, bytes_text, share_text, watched
 from thinwire.errors import ConflictError
 from thinwire.stores.memory import MemoryStore
 
-NAMES = ["diff", "apply", "inspect", "publish", "pull", "follow", "log", "verify", "gc"]
+NAMES = ["diff", "apply", "inspect", "publish", "pull", "follow", "log", "report", "verify", "gc"]
 
 
 @pytest.mark.parametrize("name", NAMES)

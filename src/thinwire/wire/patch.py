@@ -22,7 +22,7 @@ import zstandard
 
 from thinwire.errors import MalformedError, UnsupportedError
 from thinwire.wire import canonical
-from thinwire.wire.container import Entry, header_bytes, header_length, parse_header
+from thinwire.wire.container import Entry, Header, header_bytes, header_length, parse_header
 from thinwire.wire.digests import check_digest, check_name, check_shape, hasher
 from thinwire.wire.spec import (
     FORMAT_PATCH,
@@ -36,7 +36,7 @@ from thinwire.wire.spec import (
     dtype_of,
 )
 
-__all__ = ["KINDS", "Patch", "Row", "SegmentRow"]
+__all__ = ["KINDS", "Patch", "Row", "SegmentRow", "parse_rows", "table_entry"]
 
 KINDS = ("sparse", "raw", "moved")
 TABLE_KEY = "thinwire.table"
@@ -195,6 +195,28 @@ class Patch:
             raw=raw,
             metadata={k: v for k, v in meta.items() if k not in known},
         )
+
+
+def table_entry(header: Header) -> Entry:
+    """Where a patch file's table lies, for who reads it without the rest of the file.
+
+    Raises:
+        MalformedError, UnsupportedError: as :meth:`Patch.parse`.
+    """
+    _check_format(header.metadata)
+    entry = header.entries.get(TABLE_KEY)
+    if entry is None or entry.dtype != "U8":
+        raise MalformedError(f"the patch has no valid {TABLE_KEY!r}", name=TABLE_KEY)
+    return entry
+
+
+def parse_rows(packed: bytes | memoryview) -> tuple[Row, ...]:
+    """The tensors' rows of a table alone; that the segments agree with them is not looked at.
+
+    Raises:
+        MalformedError: as :meth:`Patch.parse`.
+    """
+    return tuple(_read_row(row) for row in _read_table(memoryview(packed))["tensors"])
 
 
 def _check_format(meta: Mapping[str, str]) -> None:
