@@ -376,6 +376,17 @@ def test_what_goes_down_follows_the_schedule_unless_it_is_told(told):
         assert sizes == pytest.approx([sizes[0]] * 3, rel=0.2)
 
 
+def test_a_strategy_that_answers_in_wider_numbers_costs_no_more():
+    """Flower's FedAdam returns float64, and what clients train stays float32."""
+    totals = []
+    for inner in (flower.FedAvg(fraction_evaluate=0.0), flower.FedAdam(fraction_evaluate=0.0, eta=0.01)):
+        sync = SparseSync(inner, density=0.01)
+        result = run(sync, LocalGrid(client_app(SparseSyncMod()), 2), rounds=4)
+        totals.append(sync.ledger.total(direction="up", kind="update"))
+        assert accuracy(result.arrays) > 0
+    assert totals[1] < 1.3 * totals[0]
+
+
 def test_hops_learn_and_are_counted():
     hops = (Hop(3, 0.1), Hop(2, Coverage(0.9, maximum=0.5)))
     sync = SparseSync(flower.FedAvg(fraction_evaluate=0.0), density=0.05, down_density=0.2, hops=hops)

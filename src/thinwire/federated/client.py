@@ -223,7 +223,7 @@ def send(state: ClientState, trained: ModelState, orders: Orders) -> tuple[bytes
     if carry is not None and not bool(carry.any()):
         carry = None
     if orders.exact and carry is None:
-        if whole:  # in other data types than they came in
+        if trained.layout != base.layout:  # in other data types than they came in
             data = frames.encode_anchor(trained, number, base=base.digest)
         else:
             cells = np.arange(sum(base.layout.cells), dtype=np.uint32)

@@ -30,6 +30,7 @@ DIGEST_BYTES = 16
 LAYOUT_BYTES_MAX = 16 << 20
 NUMEL_MAX = 2**31 - 1
 _UPDATED = ("F64", "F32", "F16", "BF16")
+_NUMBERS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def is_finite(tensor: Tensor) -> bool:
@@ -177,7 +178,8 @@ class ModelState:
         return h.digest()[:DIGEST_BYTES]
 
     def minus(self, base: ModelState) -> Tensor:
-        """The flat update float32 ``[numel]`` that leads from ``base`` here; 0 for tensors of another data type.
+        """The flat update float32 ``[numel]`` that leads from ``base`` here, whichever floating-point types tensors come
+        in (Flower's FedAdam answers float32 by float64); 0 for tensors that are no such numbers any more.
 
         Raises:
             WrongBaseError: another order, other names or shapes.
@@ -186,10 +188,10 @@ class ModelState:
         parts = [torch.zeros(0)]
         for i, numel in zip(base.layout.updated, base.layout.numels, strict=True):
             new, old = self.tensors[i], base.tensors[i]
-            if new.dtype != old.dtype:
+            if new.dtype not in _NUMBERS:
                 parts.append(torch.zeros(numel))
                 continue
-            wide = torch.float64 if new.dtype == torch.float64 else torch.float32
+            wide = torch.float64 if torch.float64 in (new.dtype, old.dtype) else torch.float32
             parts.append((new.to(wide) - old.to(wide)).reshape(-1).float())
         return torch.cat(parts)
 
@@ -233,13 +235,12 @@ class ModelState:
         return ModelState(ModelLayout(rows), tensors)
 
     def whole_since(self, base: ModelState) -> dict[int, Tensor]:
-        """Tensors that no flat update reaches (integers, another data type than the base's) and that differ."""
+        """Tensors that no flat update reaches (integers, numbers that were none before) and that differ."""
         self.check_comparable(base)
         found: dict[int, Tensor] = {}
         for i, (new, old) in enumerate(zip(self.tensors, base.tensors, strict=True)):
-            same = new.dtype == old.dtype
-            if same and i in base.layout.updated:
+            if i in base.layout.updated and new.dtype in _NUMBERS:
                 continue
-            if not same or not np.array_equal(cells_of(new), cells_of(old)):
+            if new.dtype != old.dtype or not np.array_equal(cells_of(new), cells_of(old)):
                 found[i] = new
         return found
