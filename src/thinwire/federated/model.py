@@ -178,8 +178,8 @@ class ModelState:
         return h.digest()[:DIGEST_BYTES]
 
     def minus(self, base: ModelState) -> Tensor:
-        """The flat update float32 ``[numel]`` that leads from ``base`` here, whichever floating-point types tensors come
-        in (Flower's FedAdam answers float32 by float64); 0 for tensors that are no such numbers any more.
+        """The flat update float32 ``[numel]`` that leads from ``base`` here, whichever floating-point types tensors
+        come in (Flower's FedAdam answers float32 by float64); 0 for tensors that are no such numbers any more.
 
         Raises:
             WrongBaseError: another order, other names or shapes.
