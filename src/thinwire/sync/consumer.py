@@ -22,6 +22,7 @@ from thinwire.errors import (
     WrongBaseError,
 )
 from thinwire.stores import Notify, open_store
+from thinwire.sync import events
 from thinwire.sync.apply import apply_patch
 from thinwire.sync.encode import Progress
 from thinwire.sync.host import Fetched, HostState, fetch_path, fetch_state
@@ -92,7 +93,9 @@ class Version:
             MisuseError: the model has other tensors than the version.
             RetryError: the store does not answer.
         """
-        return self._consumer._apply(self.manifest, self._fetched, model, progress)
+        result = self._consumer._apply(self.manifest, self._fetched, model, progress)
+        events.tell(self._consumer.observer, events.applied(result, self.manifest))
+        return result
 
     def __repr__(self) -> str:
         return f"<Version {self.number} step={self.step} state={self.manifest.state[:12]}>"
@@ -112,6 +115,7 @@ class Consumer:
             :class:`~thinwire.sync.trust.Trust`, which also says how fresh it must be. See ``docs/trust.md``.
         memory: a file in which to remember the newest version and keys that were seen, so that no store goes back on
             them after a restart either. One consumer a file.
+        observer: called with what happens (:mod:`thinwire.sync.events`), for metrics and traces.
 
     Raises:
         UntrustedError: (any call that looks at the store) what it shows is unsigned, signed by other keys than trusted,
@@ -140,13 +144,14 @@ class Consumer:
         threads: int = 0,
         trust: Pinned | None = None,
         memory: str | os.PathLike[str] | None = None,
+        observer: events.Observer | None = None,
     ) -> None:
         if poll_s <= 0 or retry_s < 0:
             raise MisuseError("poll_s must be positive and retry_s not negative")
         self.store: ReadableStore = open_store(store) if isinstance(store, str) else store
-        self.poll_s, self.threads = poll_s, threads
+        self.poll_s, self.threads, self.observer = poll_s, threads, observer
         self._remote = Remote(
-            self.store,
+            events.observed(self.store, observer),
             retry_s=retry_s,
             floor=floor,
             trust=None if trust is None else read_trust(trust),
@@ -184,7 +189,9 @@ class Consumer:
         """
         began = time.perf_counter()
         state = self.fetch(version=version, timeout_s=timeout_s, progress=progress)
-        return self._write(state, model, began)
+        result = self._write(state, model, began)
+        events.tell(self.observer, events.applied(result, self._require_held()))
+        return result
 
     def _write(self, state: HostState, model: Model, began: float) -> ApplyResult:
         """Make a proved state the model's."""
@@ -199,6 +206,7 @@ class Consumer:
             state.version, manifest.step, state.digest, path, state.hops, state.bytes_fetched, changed, seconds
         )
 
+    @events.telling
     def fetch(
         self, *, version: int | None = None, timeout_s: float = 60.0, progress: Progress | None = None
     ) -> HostState:
@@ -208,7 +216,11 @@ class Consumer:
             StoreUnavailableError, NoPathError: as :meth:`load`.
         """
         manifest = self._wait_for_first(timeout_s) if version is None else self._manifest(version)
-        return fetch_state(self._remote, manifest, avoid=set(self._avoid), threads=self.threads, progress=progress)
+        events.tell(self.observer, events.Seen(max(manifest.version, self.version or 0), self.version or 0))
+        state = fetch_state(self._remote, manifest, avoid=set(self._avoid), threads=self.threads, progress=progress)
+        told = events.Fetched(state.version, state.bytes_fetched, state.hops, state.seconds["fetch"])
+        events.tell(self.observer, told)
+        return state
 
     def _manifest(self, version: int) -> Manifest:
         try:
@@ -238,6 +250,7 @@ class Consumer:
 
     # --- following -------------------------------------------------------------------------------------------------
 
+    @events.telling
     def poll(self, *, every: bool = False) -> Version | None:
         """The newest version behind the one held, or None; with ``every``, the very next one. Does not wait.
 
@@ -247,6 +260,7 @@ class Consumer:
         """
         held = self._require_held()
         found = self._remote.after(held.version)
+        events.tell(self.observer, events.Seen((found or held).version, held.version))
         if found is None:
             return None
         if every and found.version > held.version + 1:
@@ -291,10 +305,14 @@ class Consumer:
 
     def _fetch_to(self, manifest: Manifest, held: Manifest | None, *, by_skips: bool = True) -> Fetched:
         have, state = (held.version, held.state) if held is not None else (None, None)
-        return fetch_path(self._remote, manifest, have=have, have_state=state, avoid=self._avoid, by_skips=by_skips)
+        found = fetch_path(self._remote, manifest, have=have, have_state=state, avoid=self._avoid, by_skips=by_skips)
+        told = events.Fetched(manifest.version, found.size, len(found.patches), found.seconds)
+        events.tell(self.observer, told)
+        return found
 
     # --- applying --------------------------------------------------------------------------------------------------
 
+    @events.telling
     def _apply(
         self, manifest: Manifest, fetched: Fetched | None, model: Model, progress: Progress | None
     ) -> ApplyResult:

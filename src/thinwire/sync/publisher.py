@@ -28,6 +28,7 @@ from thinwire.stores.probe import enforces_create
 from thinwire.sync.anchor import write_shards
 from thinwire.sync.compactor import BackgroundCompactor, CompactReport, compact
 from thinwire.sync.encode import Options, Progress, Snapshot, make_patch, take_snapshot
+from thinwire.sync.events import Observer, observed, published, tell
 from thinwire.sync.guard import put_heartbeat
 from thinwire.sync.host import fetch_state, snapshot_of
 from thinwire.sync.layout import StateSource
@@ -74,6 +75,7 @@ class Publisher:
             :class:`~thinwire.sync.trust.Trust`. By default, with ``key``, the public keys of ``key``.
         adopt: digest of the manifest of the store's newest version, to go on from it though the keys that are trusted
             have not signed it: one that was published without keys, or before keys were revoked.
+        observer: called with what happens (:mod:`thinwire.sync.events`), for metrics and traces.
 
     One snapshot of the last published state is kept in host memory. A publisher that starts on a store with versions
     in it goes on from the newest one; its base is proved by digest, and no anchor is needed for that.
@@ -116,6 +118,7 @@ class Publisher:
         key: Keys | None = None,
         trust: Pinned | None = None,
         adopt: str | None = None,
+        observer: Observer | None = None,
     ) -> None:
         if hash not in HASHES:
             raise MisuseError(f"hash must be one of {', '.join(HASHES)}, not {hash!r}")
@@ -123,7 +126,8 @@ class Publisher:
             raise MisuseError("anchor_ratio, anchor_every and shard_bytes_max must be positive")
         if skips not in (None, "ladder"):
             raise MisuseError(f"skips must be 'ladder' or None, not {skips!r}")
-        self.store: Store = open_store(store) if isinstance(store, str) else store
+        self.observer = observer
+        self.store: Store = observed(open_store(store) if isinstance(store, str) else store, observer)
         self.dtype, self.options, self.hash = dtype, Options(level, values, threads), hash
         self.anchor_ratio, self.anchor_every = anchor_ratio, anchor_every
         self.single_publisher, self.shard_bytes_max, self.retry_s = single_publisher, shard_bytes_max, retry_s
@@ -418,7 +422,9 @@ class Publisher:
             "commit": committed - uploaded,
             "total": time.perf_counter() - pending.began,
         }
-        return replace(pending.report, seconds=seconds)
+        report = replace(pending.report, seconds=seconds)
+        tell(self.observer, published(report, began=pending.began, uploading=start))
+        return report
 
     def _upload(self, pending: Pending) -> None:
         """Put the objects, several at once; those that are up are taken off the list even if others fail."""
