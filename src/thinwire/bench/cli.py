@@ -27,6 +27,7 @@ from thinwire.bench.sparse_update_cli import sparse_update
 from thinwire.bench.sparserl_cli import app as sparserl
 from thinwire.bench.suite_cli import merge_suite
 from thinwire.bench.switch_cli import switch
+from thinwire.bench.trust_cli import trust
 
 if TYPE_CHECKING:
     import torch
@@ -46,6 +47,7 @@ app.command()(selection)
 app.command()(signal)
 app.command()(skips)
 app.command()(switch)
+app.command()(trust)
 app.command("federated-wire")(federated_wire)
 app.command("merge-suite")(merge_suite)
 app.add_typer(sparserl, name="sparserl")
