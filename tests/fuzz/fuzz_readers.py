@@ -21,16 +21,21 @@ with atheris.instrument_imports(include=["thinwire.wire", "thinwire.sync"]):
     import numpy as np
 
     from thinwire.errors import ThinwireError
+    from thinwire.stores.encrypted import EncryptedStore
+    from thinwire.stores.memory import MemoryStore
     from thinwire.sync.anchor import read_shards
     from thinwire.sync.apply import apply_patch
     from thinwire.sync.encode import Options, make_patch, take_snapshot
     from thinwire.sync.layout import Layout, MemorySource
     from thinwire.wire import rans
     from thinwire.wire.digests import Tree
-    from thinwire.wire.manifest import Manifest
+    from thinwire.wire.manifest import Manifest, ObjectRef
     from thinwire.wire.patch import Patch
     from thinwire.wire.segment import decode_segment
+    from thinwire.wire.signing import parse_signatures
+    from thinwire.wire.skip import Skip
     from thinwire.wire.spec import DTYPES
+    from thinwire.wire.trust import Heartbeat, PublicKey, Role, TrustDocument
 
 BF16 = DTYPES["BF16"]
 BASE = (np.random.default_rng(0).standard_normal(600).astype(np.float32) * 0.02).view(np.uint32) >> 16
@@ -64,7 +69,22 @@ def _stream(data: bytes) -> None:
             pass
 
 
-READERS = [_patch, _segment, _stream, Manifest.parse, Tree.parse, lambda data: read_shards([data])]
+def _trust(data: bytes) -> None:
+    document = TrustDocument.parse(data)
+    parse_signatures(document.signatures)
+    assert TrustDocument.parse(document.encode()) == document
+
+
+def _sealed(data: bytes) -> None:
+    inner = MemoryStore()
+    inner.put("a", [data])
+    EncryptedStore(inner, [bytes(32)]).get("a", size_max=1 << 20)
+
+
+READERS = [
+    _patch, _segment, _stream, Manifest.parse, Tree.parse, lambda data: read_shards([data]),
+    Skip.parse, _trust, Heartbeat.parse, _sealed,
+]  # fmt: skip
 
 
 def one_input(data: bytes) -> None:
@@ -87,6 +107,14 @@ def seeds() -> list[bytes]:
         patch = make_patch(snapshot, MemorySource(LAYOUTS, {"w": new}), Options(level, "ulp", 1))
         found += [b"\0" + b"".join(patch.encode()), b"\1" + bytes(patch.segments[0])]
     found += [b"\2" + rans.encode(new), b"\4" + snapshot.tree.encode()]
+    key, reference = PublicKey(bytes(32)), ObjectRef("skips/0000000003-0000000001/x", 1, "ab" * 32)
+    role = Role((key.id,))
+    found.append(b"\6" + Skip(1, "ab" * 32, 3, "cd" * 32, "blake3", reference).encode())
+    found.append(b"\7" + TrustDocument(1, {key.id: key}, {"root": role, "publisher": role}).encode())
+    found.append(b"\10" + Heartbeat(1, "ab" * 32, 1).encode())
+    inner = MemoryStore()
+    EncryptedStore(inner, [bytes(32)]).put("a", [b"weights"])
+    found.append(b"\11" + inner.get("a", size_max=1 << 10))
     return found
 
 
