@@ -25,10 +25,12 @@ from thinwire.cli.options import (
     trust_of,
 )
 from thinwire.cli.output import Output, bytes_text, watched
-from thinwire.errors import NoPathError, ObjectNotFoundError, RetryError, StoreUnavailableError
+from thinwire.cli.watching import LogFormat, LogFormatOption, MetricsAddress, MetricsPort, watching
+from thinwire.errors import NoPathError, ObjectNotFoundError, RefuseError, RetryError, StoreUnavailableError
 
 if TYPE_CHECKING:
     from thinwire.cli.mirror import Mirror, Update
+    from thinwire.sync.events import Observer
     from thinwire.sync.trust import Trust
     from thinwire.wire.manifest import Manifest
 
@@ -54,21 +56,31 @@ def _text(update: Update) -> str:
 
 @contextmanager
 def _mirror(
-    output: Output, url: str, out: Path, threads: int, *, forward: bool, wait: bool, trust: Trust | None
+    output: Output,
+    url: str,
+    out: Path,
+    threads: int,
+    *,
+    forward: bool,
+    wait: bool,
+    trust: Trust | None,
+    observer: Observer | None = None,
 ) -> Iterator[Mirror]:
     """The folder, locked. ``forward`` refuses versions older than what it holds; ``wait``: the store may come later.
 
     With ``trust`` the folder also remembers the newest version and keys that were seen.
     """
     from thinwire.cli.mirror import MEMORY_NAME, Mirror
+    from thinwire.sync.events import observed
     from thinwire.sync.remote import Remote
     from thinwire.sync.trust import Memory
 
     store = opened_store(url) if wait else existing_store(url)
     with output.bars() as bars:
         mirror = Mirror(
-            out, Remote(watched(store, bars), retry_s=RETRY_S), threads=threads, stages=bars, warn=output.warn
-        )
+            out, Remote(observed(watched(store, bars), observer), retry_s=RETRY_S),
+            threads=threads, stages=bars, warn=output.warn,
+        )  # fmt: skip
         with mirror.locked():
             if trust is not None:
                 memory = Memory.open(out / MEMORY_NAME)
@@ -129,6 +141,9 @@ def follow(
     ] = None,
     trust: TrustOption = None,
     max_age: MaxAge = None,
+    log_format: LogFormatOption = LogFormat.text,
+    metrics_port: MetricsPort = None,
+    metrics_address: MetricsAddress = "127.0.0.1",
     threads: Threads = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON a version on stdout.")] = False,
 ) -> None:
@@ -140,9 +155,12 @@ def follow(
     """
     output = Output(ctx, as_json=as_json)
     pinned = trust_of(trust, max_age)
-    with _mirror(output, store, out, threads, forward=True, wait=True, trust=pinned) as mirror:
+    with (
+        watching(output, log_format=log_format, port=metrics_port, address=metrics_address) as observer,
+        _mirror(output, store, out, threads, forward=True, wait=True, trust=pinned, observer=observer) as mirror,
+    ):
         deadline = _Deadline(timeout)
-        for update in _updates(mirror, output, deadline, poll, once):
+        for update in _updates(mirror, output, deadline, poll, once, observer):
             document: dict[str, Any] = asdict(update)
             output.say(_text(update))
             if command is not None:
@@ -170,13 +188,34 @@ class _Deadline:
         return True
 
 
-def _updates(mirror: Mirror, output: Output, deadline: _Deadline, poll_s: float, once: bool) -> Iterator[Update]:
+def _tell(observer: Observer | None, mirror: Mirror, target: Manifest) -> Update:
+    """Bring the folder to ``target``, and tell the observer."""
+    from thinwire.sync.events import Applied, Fetched, Seen, tell
+
+    if observer is None:
+        return mirror.bring_to(target)
+    tell(observer, Seen(target.version, mirror.version()))
+    update = mirror.bring_to(target)
+    if update.bytes_fetched:
+        tell(observer, Fetched(update.version, update.bytes_fetched, update.hops, update.seconds))
+    created = target.facts.get("created_ms")
+    event = Applied(
+        update.version, update.step, update.path, update.hops, update.bytes_fetched, None, created, update.seconds, ()
+    )
+    tell(observer, event)
+    return update
+
+
+def _updates(
+    mirror: Mirror, output: Output, deadline: _Deadline, poll_s: float, once: bool, observer: Observer | None
+) -> Iterator[Update]:
     """Each update as it happens. A store that does not answer, or a version that cannot be had, is waited out.
 
     Raises:
         StoreUnavailableError: no version has ever appeared before the deadline.
         NoPathError, RetryError: what stood in the way of a newer version, at the deadline or with ``once``.
     """
+    from thinwire.sync.events import refused, tell
     from thinwire.sync.retrying import jittered
 
     held: Manifest | None = None
@@ -185,10 +224,15 @@ def _updates(mirror: Mirror, output: Output, deadline: _Deadline, poll_s: float,
         try:
             found = mirror.newest() if held is None else mirror.remote.after(held.version)
             if found is not None:
-                yield mirror.bring_to(found)
+                yield _tell(observer, mirror, found)
                 held = found
             failures, failure = 0, None
+        except RefuseError as error:
+            tell(observer, refused(error))
+            raise
         except (NoPathError, RetryError) as error:
+            if isinstance(error, NoPathError):
+                tell(observer, refused(error))
             if once:
                 raise
             output.warn(f"{error}; trying again")

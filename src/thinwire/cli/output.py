@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 import typer
@@ -72,6 +73,7 @@ class Output:
         self.as_json = as_json
         self.console = Console(highlight=False, soft_wrap=True)
         self.stderr = Console(stderr=True, highlight=False, soft_wrap=True)
+        self.log: Callable[[int, str], None] | None = None  # where messages go instead of stderr, with their level
         ctx.find_root().obj = self  # where the group finds it when the command fails
 
     def document(self, value: Mapping[str, Any]) -> None:
@@ -106,13 +108,19 @@ class Output:
 
     def warn(self, text: str) -> None:
         """Print a warning on stderr."""
+        if self.log is not None:
+            self.log(logging.WARNING, text)
+            return
         self.stderr.print("[yellow]warning:[/] ", end="")
         self.stderr.print(text, markup=False)
 
     def error(self, error: ThinwireError) -> None:
         """Print an error on stderr, and for machines its facts on stdout."""
-        self.stderr.print("[bold red]error:[/] ", end="")
-        self.stderr.print(str(error), markup=False)
+        if self.log is not None:
+            self.log(logging.ERROR, str(error))
+        else:
+            self.stderr.print("[bold red]error:[/] ", end="")
+            self.stderr.print(str(error), markup=False)
         self.document(
             {
                 "error": {

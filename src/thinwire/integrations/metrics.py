@@ -115,7 +115,7 @@ class Metrics:
         self._of["thinwire_applied_versions_total"].labels(event.path).inc()
         self._of["thinwire_applied_patches_total"].inc(event.hops)
         self._observe("thinwire_apply_seconds", event)
-        if event.created_ms is not None:
+        if event.created_ms is not None and event.path != "held":  # a restart says nothing of how long it took
             self._of["thinwire_propagation_seconds"].observe(max(now_s - event.created_ms / 1000, 0.0))
         self._of["thinwire_last_applied_timestamp_seconds"].set(now_s)
         self._place(event.version, max(self._newest, event.version))

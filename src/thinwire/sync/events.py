@@ -139,22 +139,20 @@ def tell(observer: Observer | None, event: Event) -> None:
             _log.warning("an observer failed at %s", type(event).__name__, exc_info=True)
 
 
-def _since_epoch_ns(counter: float) -> int:
-    """A reading of ``time.perf_counter`` as nanoseconds since the epoch."""
-    return time.time_ns() - round((time.perf_counter() - counter) * 1e9)
+def _laid(starts: Mapping[str, float], seconds: Mapping[str, float]) -> tuple[Stage, ...]:
+    """Stages from readings of ``time.perf_counter``, compared with the clock once, so that they stay in order."""
+    zero_ns = time.time_ns() - round(time.perf_counter() * 1e9)
+    return tuple(Stage(name, zero_ns + round(at * 1e9), seconds[name]) for name, at in starts.items())
 
 
 def published(report: Any, *, began: float, uploading: float) -> Published:
     """The event of a publisher's report; the times are readings of ``time.perf_counter``."""
     seconds: Mapping[str, float] = report.seconds
-    stages, at = [], began
-    for name in ("base", "encode", "upload", "commit"):
-        at = uploading if name == "upload" else at
-        stages.append(Stage(name, _since_epoch_ns(at), seconds[name]))
-        at += seconds[name]
+    encoding, committing = began + seconds["base"], uploading + seconds["upload"]
+    starts = {"base": began, "encode": encoding, "upload": uploading, "commit": committing}
     return Published(
         report.version, report.step, report.kind, report.patch_bytes, report.anchor_bytes, report.total_bytes,
-        report.full_bytes, report.changed, report.elements, seconds["total"], tuple(stages),
+        report.full_bytes, report.changed, report.elements, seconds["total"], _laid(starts, seconds),
     )  # fmt: skip
 
 
@@ -165,13 +163,13 @@ def applied(result: Any, manifest: Manifest) -> Applied:
     rest = result.seconds["total"] - sum(parts.values())
     if rest > 0 and result.path != "delta":
         parts["write"] = rest
-    at, stages = time.perf_counter() - sum(parts.values()), []
+    at, starts = time.perf_counter() - sum(parts.values()), {}
     for name, seconds in parts.items():
-        stages.append(Stage(name, _since_epoch_ns(at), seconds))
+        starts[name] = at
         at += seconds
     return Applied(
         result.version, result.step, result.path, result.hops, result.bytes_fetched, result.changed,
-        manifest.facts.get("created_ms"), sum(parts.values()), tuple(stages),
+        manifest.facts.get("created_ms"), sum(parts.values()), _laid(starts, parts),
     )  # fmt: skip
 
 
