@@ -60,6 +60,7 @@ OPTIONAL = {
     "mergekit": {"bench"},
     "opentelemetry": {"integrations"},
     "pcodec": {"bench"},
+    "peft": {"lab"},
     "plotly": {"bench", "cli", "lab"},
     "prometheus_client": {"integrations"},
     "pyarrow": {"lab", "probe"},
@@ -67,7 +68,7 @@ OPTIONAL = {
     "sklearn": {"lab"},
     "tokenizers": {"lab"},
     "transformers": {"integrations", "lab"},
-    "triton": {"tensors"},
+    "triton": {"tensors", "optim"},
     "wandb": {"lab"},
     "yaml": {"lab"},
 }

@@ -22,7 +22,6 @@ from thinwire.cli.options import examples
 from thinwire.cli.patching import apply, diff
 from thinwire.cli.publishing import publish
 from thinwire.cli.reporting import report
-from thinwire.cli.reporting import report
 
 __all__ = ["app", "main"]
 
@@ -117,11 +116,6 @@ _add(
     log,
     "thinwire log /shared/run",
     "thinwire log s3://bucket/run --limit 5 --json",
-)
-_add(
-    report,
-    "thinwire report /shared/run -o report.html",
-    "thinwire report s3://bucket/run --last 200 --json",
 )
 _add(
     report,
