@@ -19,7 +19,7 @@ from typing import Any
 from thinwire.bench.measure import extra_memory
 from thinwire.bench.sparserl_results import SCHEMA, Result, read_result, result_of
 from thinwire.errors import MalformedError, MisuseError
-from thinwire.lab.sparserl.pool import Pool, workers
+from thinwire.lab.pool import Pool, workers
 from thinwire.lab.sparserl.registry import find
 from thinwire.lab.sparserl.starts import make_start
 from thinwire.lab.sparserl.train import Cell, train

@@ -29,6 +29,7 @@ from thinwire.errors import MalformedError, MisuseError, UnsupportedError, Wrong
 from thinwire.federated import frame as frames
 from thinwire.federated.model import ModelLayout, ModelState, is_finite
 from thinwire.federated.selection import LAYERS, select
+from thinwire.wire.cursor import Cursor, put_varint
 
 __all__ = ["FEEDBACKS", "ClientState", "Orders", "carried_over", "follow", "pack", "send", "settle", "unpack"]
 
@@ -113,14 +114,14 @@ def pack(parts: list[bytes]) -> bytes:
     """
     out = bytearray()
     for part in parts:
-        frames.put_varint(out, len(part))
+        put_varint(out, len(part))
         out += part
     return bytes(out)
 
 
 def unpack(data: bytes) -> list[memoryview]:
     """Inverse of :func:`pack`. Raises MalformedError."""
-    cursor = frames.Cursor(memoryview(data))
+    cursor = Cursor(memoryview(data), "a message")
     parts: list[memoryview] = []
     while cursor.at < len(cursor.data):
         if len(parts) == _DELTAS_MAX:

@@ -29,6 +29,7 @@ from thinwire.errors import MalformedError, MisuseError, UnsupportedError
 from thinwire.federated.model import DIGEST_BYTES, LAYOUT_BYTES_MAX, ModelLayout, ModelState, is_finite
 from thinwire.tensors.bits import cells_of, dtype_of_tensor, tensor_of
 from thinwire.wire import rans
+from thinwire.wire.cursor import Cursor, put_varint
 from thinwire.wire.digests import hasher
 from thinwire.wire.positions import gaps_of, positions_of
 from thinwire.wire.spec import cell_count, dtype_of
@@ -114,46 +115,6 @@ def _sealed(kind: int, sequence: int, base: bytes, result: bytes, body: bytes | 
 # --- reading and writing parts ------------------------------------------------------------------------------------
 
 
-def put_varint(out: bytearray, value: int) -> None:
-    while value > 127:
-        out.append(value & 127 | 128)
-        value >>= 7
-    out.append(value)
-
-
-class Cursor:
-    """Reads a body's parts; every length is checked against what is left."""
-
-    def __init__(self, data: memoryview) -> None:
-        self.data = data
-        self.at = 0
-
-    def varint(self, maximum: int) -> int:
-        value = shift = 0
-        while True:
-            byte = self.take(1)[0]
-            value |= (byte & 127) << shift
-            shift += 7
-            if byte < 128:
-                break
-            if shift > 56:
-                raise MalformedError("a frame holds a number without end")
-        if value > maximum:
-            raise MalformedError(f"a number in a frame is {value}, at most {maximum} is possible here")
-        return value
-
-    def take(self, length: int) -> memoryview:
-        if length > len(self.data) - self.at:
-            raise MalformedError(f"a frame has {len(self.data) - self.at} bytes left where {length} are announced")
-        part = self.data[self.at : self.at + length]
-        self.at += length
-        return part
-
-    def end(self) -> None:
-        if self.at != len(self.data):
-            raise MalformedError(f"a frame has {len(self.data) - self.at} bytes too many")
-
-
 def _put_positions(out: bytearray, positions: Positions, limit: int) -> None:
     """Count and gaps; where all cells are meant, the count alone."""
     put_varint(out, positions.size)
@@ -219,7 +180,7 @@ def decode_anchor(frame: Frame) -> ModelState:
     Raises:
         MalformedError: damaged, or not the state that the frame names.
     """
-    cursor = Cursor(frame.body)
+    cursor = Cursor(frame.body, "a frame")
     layout = ModelLayout.parse(bytes(cursor.take(cursor.varint(LAYOUT_BYTES_MAX))))
     state = ModelState.from_bytes(layout, cursor.take(len(cursor.data) - cursor.at))
     if state.digest != frame.result:
@@ -292,7 +253,7 @@ def decode_sparse(frame: Frame, layout: ModelLayout) -> Sparse:
     Raises:
         MalformedError: damaged, of another size, or with a value that is not finite.
     """
-    cursor = Cursor(frame.body)
+    cursor = Cursor(frame.body, "a frame")
     if cursor.varint(1 << 40) != layout.numel:
         raise MalformedError(f"an update of another number of elements than the base's {layout.numel}")
     positions = _get_positions(cursor, layout.numel)
@@ -392,7 +353,7 @@ def decode_cells(frame: Frame, base: ModelState) -> ModelState:
     """
     cells = _all_cells(base)
     total = sum(part.size for part in cells)
-    cursor = Cursor(frame.body)
+    cursor = Cursor(frame.body, "a frame")
     if total >= 1 << 32 or cursor.varint(1 << 40) != total:
         raise MalformedError(f"an exact update of another number of cells than the base's {total}")
     positions = _get_positions(cursor, total)

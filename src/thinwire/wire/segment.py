@@ -15,6 +15,7 @@ import numpy.typing as npt
 from thinwire.errors import MalformedError, UnsupportedError
 from thinwire.wire import rans
 from thinwire.wire.context import COLD, ContextReader
+from thinwire.wire.cursor import Cursor, put_varint
 from thinwire.wire.positions import gaps_of, positions_of
 from thinwire.wire.spec import CLASSES_MAX, CODEC_CONTEXT, CODEC_GAPS, CODEC_RAW, DType
 from thinwire.wire.values import rotate_left, rotate_right
@@ -35,50 +36,14 @@ class Changes:
     codes: Cells
 
 
-def _put_varint(out: bytearray, value: int) -> None:
-    while value > 127:
-        out.append(value & 127 | 128)
-        value >>= 7
-    out.append(value)
-
-
-class _Cursor:
-    """Reads a segment's parts; every length is checked against what is left."""
-
-    def __init__(self, data: memoryview) -> None:
-        self.data = data
-        self.at = 0
-
-    def varint(self, maximum: int) -> int:
-        value = shift = 0
-        while True:
-            if self.at >= len(self.data) or shift > 56:
-                raise MalformedError("a segment ends inside a number")
-            byte = self.data[self.at]
-            self.at += 1
-            value |= (byte & 127) << shift
-            shift += 7
-            if byte < 128:
-                break
-        if value > maximum:
-            raise MalformedError(f"a number in a segment is {value}, at most {maximum} is possible here")
-        return value
-
-    def take(self, length: int) -> memoryview:
-        if length > len(self.data) - self.at:
-            raise MalformedError(f"a segment has {len(self.data) - self.at} bytes left where {length} are announced")
-        part = self.data[self.at : self.at + length]
-        self.at += length
-        return part
-
-    def stream(self, count: int, dtype: npt.DTypeLike) -> npt.NDArray[np.unsignedinteger]:
-        length = self.varint(rans.encoded_size_max(count, np.dtype(dtype).itemsize))
-        return rans.decode(self.take(length), count, dtype)
+def _stream(cursor: Cursor, count: int, dtype: npt.DTypeLike) -> npt.NDArray[np.unsignedinteger]:
+    length = cursor.varint(rans.encoded_size_max(count, np.dtype(dtype).itemsize))
+    return rans.decode(cursor.take(length), count, dtype)
 
 
 def _put_stream(out: bytearray, values: npt.NDArray[np.unsignedinteger], effort: int) -> None:
     data = rans.encode(values, effort)
-    _put_varint(out, len(data))
+    put_varint(out, len(data))
     out += data
 
 
@@ -111,20 +76,20 @@ def encode_context(
 ) -> bytes:
     """Classes and gaps as a :class:`~thinwire.wire.context.ContextWriter` made them."""
     out = bytearray([CODEC_CONTEXT])
-    _put_varint(out, len(bounds))
+    put_varint(out, len(bounds))
     for bound in bounds:
-        _put_varint(out, bound)
+        put_varint(out, bound)
     stored = _stored(codes, dtype, values)
     members = [np.flatnonzero(classes == k) for k in (*range(len(bounds)), COLD)]
     for member in members:
-        _put_varint(out, member.size)
+        put_varint(out, member.size)
     for member in members:
         _put_stream(out, gaps[member], effort)
         _put_stream(out, stored[member], effort)
     return bytes(out)
 
 
-def _decode_context(cursor: _Cursor, cells: int, changed: int, dtype: DType, base: Sequence[Cells]) -> Changes:
+def _decode_context(cursor: Cursor, cells: int, changed: int, dtype: DType, base: Sequence[Cells]) -> Changes:
     if not dtype.is_float:
         raise MalformedError(f"context coding is for floats, not {dtype.name}")
     classes = cursor.varint(CLASSES_MAX)
@@ -134,8 +99,8 @@ def _decode_context(cursor: _Cursor, cells: int, changed: int, dtype: DType, bas
         raise MalformedError(f"the classes of a segment hold {sum(counts)} changes instead of {changed}")
     gaps, codes = [], []
     for count in counts:
-        gaps.append(cursor.stream(count, np.uint32))
-        codes.append(cursor.stream(count, dtype.cells))
+        gaps.append(_stream(cursor, count, np.uint32))
+        codes.append(_stream(cursor, count, dtype.cells))
     cold = positions_of(gaps[-1], 0, cells)
     reader = ContextReader(dtype, bounds, gaps[:-1], codes[:-1], cold, codes[-1])
     offset = 0
@@ -158,15 +123,15 @@ def decode_segment(
         MalformedError: the bytes are damaged, or do not fit the base.
         UnsupportedError: an unknown codec.
     """
-    cursor = _Cursor(data)
+    cursor = Cursor(data, "a segment")
     codec = cursor.take(1)[0]
     if codec == CODEC_RAW:
         raw = np.frombuffer(cursor.take(cells * dtype.cell_bytes), dtype.cells)
         changes: Changes | Cells = raw
     elif codec == CODEC_GAPS:
-        gaps = cursor.stream(changed, np.uint32)
+        gaps = _stream(cursor, changed, np.uint32)
         positions = positions_of(gaps, 0, cells)
-        changes = Changes(positions, cursor.stream(changed, dtype.cells))
+        changes = Changes(positions, _stream(cursor, changed, dtype.cells))
     elif codec == CODEC_CONTEXT:
         changes = _decode_context(cursor, cells, changed, dtype, base)
     else:

@@ -8,29 +8,24 @@ weights it changed; ``OUT/starts`` holds the models that were warm-started. A ru
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
-import signal
 import tempfile
-import threading
-import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from thinwire.errors import MalformedError, MisuseError
+from thinwire.lab.pool import workers
 from thinwire.lab.study.matrix import Run, Study
 
 __all__ = ["Record", "pending", "read_records", "run_study"]
 
 Record = dict[str, Any]
 """The result of a run, as :func:`thinwire.lab.study.train.train` makes it."""
-
-_ALIVE_EVERY_S = 1.0
 
 
 def _write(path: Path, value: Record) -> None:
@@ -67,25 +62,6 @@ def read_records(study: Study, out: Path) -> list[Record]:
     return found
 
 
-def _watch_parent(parent: int) -> None:  # a pool whose owner was killed would work on
-    while os.getppid() == parent:
-        time.sleep(_ALIVE_EVERY_S)
-    os._exit(1)
-
-
-def _start_worker(parent: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the owner decides
-    threading.Thread(target=_watch_parent, args=(parent,), daemon=True).start()
-    import torch
-
-    torch.set_num_threads(1)
-    with suppress(ImportError):
-        from transformers.utils import logging
-
-        silence: Any = logging.disable_progress_bar
-        silence()  # the owner has a bar for all
-
-
 def _make_start(study: Study, run: Run, out: Path) -> None:
     from thinwire.lab.study.models import start_of
 
@@ -109,17 +85,6 @@ def _starts_of(study: Study, runs: Sequence[Run]) -> list[Run]:
     return list({(run.size, run.start or run.task, run.seed): run for run in needed}.values())
 
 
-def _all(
-    pool: ProcessPoolExecutor, work: Callable[..., None], study: Study, runs: Sequence[Run], out: Path
-) -> Iterator[tuple[Run, BaseException | None]]:
-    """Every run as it ends, with its error if it failed."""
-    waiting: dict[Future[None], Run] = {pool.submit(work, study, run, out): run for run in runs}
-    while waiting:
-        done, _ = wait(waiting, return_when=FIRST_COMPLETED)
-        for future in done:
-            yield waiting.pop(future), future.exception()
-
-
 def run_study(
     study: Study, out: Path, *, jobs: int = 2, on_done: Callable[[str, Run, bool], None] | None = None
 ) -> list[Run]:
@@ -135,11 +100,9 @@ def run_study(
     runs = pending(study, out)
     lean = replace(study, runs=(), about={})  # what is sent with each run
     failed: list[Run] = []
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=_start_worker, initargs=(os.getpid(),))
-    try:
+    with workers(jobs) as pool:
         for stage, work, chosen in (("start", _make_start, _starts_of(study, runs)), ("run", _make_run, runs)):
-            for run, error in _all(pool, work, lean, chosen, out):
+            for run, error in pool.do(partial(work, lean), chosen, out):
                 if on_done is not None:
                     on_done(stage, run, error is None)
                 if error is not None and stage == "run":
@@ -151,6 +114,4 @@ def run_study(
                 else:
                     text = "".join(traceback.format_exception(error))
                     _write(note, {"run": str(run), "stage": stage, "error": text})
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
     return failed
