@@ -111,8 +111,8 @@ def federated_markdown(rows: Sequence[Row]) -> str:
 def _title(rows: Sequence[Row]) -> str:
     row = rows[0]
     return (
-        f"{row['data']}, {row['clients']} clients ({row['partition']}), {row['rounds']} rounds of {row['epochs']} "
-        f"epochs, {row['parameters']:,} weights, density {100 * row['settings']['density']:g} %"
+        f"{row['data']}, {row['clients']} clients ({row['partition']}), {row['rounds']} rounds, "
+        f"local epochs: {row['epochs']}, {row['parameters']:,} weights, density {100 * row['settings']['density']:g} %"
     )
 
 
