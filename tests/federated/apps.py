@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from functools import cache
 
 import numpy as np
@@ -94,3 +95,12 @@ class Ordered(FedAvg):
 
 def ordered() -> FedAvg:
     return Ordered(fraction_evaluate=0.0)
+
+
+def run(strategy, grid, rounds=3, arrays=None, timeout=3600.0):
+    random.seed(0)
+    return strategy.start(grid, arrays or initial(), num_rounds=rounds, timeout=timeout)
+
+
+def flat(record):
+    return torch.cat([torch.from_numpy(a.numpy().reshape(-1)) for a in record.values()])
