@@ -10,10 +10,13 @@ import tomllib
 from importlib import import_module
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 APP = ROOT / "examples" / "federated"
 
 
+@pytest.mark.slow
 def test_the_app_runs_in_one_process(tmp_path):
     command = [sys.executable, str(APP / "local.py"), "--clients", "2", "--rounds", "2", "--out", str(tmp_path / "row")]
     env = {**os.environ, "FLWR_TELEMETRY_ENABLED": "0", "OMP_NUM_THREADS": "1"}

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 CODE = """
 import torch
 import torch.distributed as dist
@@ -34,6 +36,7 @@ print("equal", flush=True)
 """
 
 
+@pytest.mark.slow
 def test_each_rank_steps_its_own_shard(tmp_path: Path) -> None:
     script = tmp_path / "shards.py"
     script.write_text(CODE)
