@@ -194,6 +194,13 @@ def test_what_is_not_finite_spoils_its_block_and_no_other() -> None:
             assert torch.equal(torch.cat([decoded[:40], decoded[50:]]), torch.ones(90))
 
 
+@pytest.mark.parametrize("codec", [Int8(), Int4(), Float8(), QSGD(), Sign()], ids=lambda c: type(c).__name__)
+def test_no_values_are_no_bytes_wherever_these_lie(codec: ValueCodec) -> None:
+    assert codec.encode(torch.empty(0), 0).numel() == codec.size(0) == 0
+    for data in (torch.empty(0, dtype=torch.uint8), torch.from_numpy(np.empty(0, np.uint8))):
+        assert codec.decode(data, 0).shape == (0,)
+
+
 def test_a_byte_that_no_symbols_make_is_refused() -> None:
     for codec, most in ((QSGD(levels=1), 243), (QSGD(levels=7), 225), (QSGD(levels=127), 255)):
         data = codec.encode(torch.ones(50), seed=0)

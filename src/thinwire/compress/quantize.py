@@ -96,6 +96,8 @@ class _Blockwise(ValueCodec):
     @final
     def decode(self, data: Tensor, count: int) -> Tensor:
         self.check(data, count)
+        if not count:
+            return torch.empty(0, device=data.device)
         scale_bytes = _blocks(count, self.block) * 4
         # A slice of a message may start anywhere, but a float32 may not.
         scales = data[:scale_bytes].clone().view(torch.float32)
