@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import hypothesis
 import pytest
@@ -16,3 +17,14 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default")
 def _own_folder(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever a test writes by accident lands in its own folder."""
     monkeypatch.chdir(str(tmp_path))
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For tests that train small things: two threads would wait for each other."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

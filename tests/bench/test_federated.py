@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,12 +22,7 @@ from thinwire.lab.federated.learning import evaluate, learn, world_of
 SMALL = FederatedRun(method="fedavg", clients=3, rounds=2, train=120, test=60, partition="iid", batch=8)
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_a_round_of_fedavg_is_the_mean_of_what_the_clients_learned() -> None:
