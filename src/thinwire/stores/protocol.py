@@ -24,6 +24,7 @@ __all__ = [
     "Blob",
     "Create",
     "Delete",
+    "Distrust",
     "Get",
     "GetRange",
     "Head",
@@ -141,6 +142,15 @@ class Notify(Protocol):
 
     def wait_for(self, key: str, *, timeout_s: float) -> bool:
         """Block until an object has this key, at most ``timeout_s``; whether it has. A hint: ``get`` decides."""
+        ...
+
+
+@runtime_checkable
+class Distrust(Protocol):
+    """An extra of stores that give copies of another's objects: to be told of a bad one."""
+
+    def distrust(self, key: str) -> None:
+        """What ``get`` gave under this key was wrong: give no copy of it again, ask further back the next time."""
         ...
 
 

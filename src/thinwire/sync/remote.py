@@ -19,7 +19,7 @@ from thinwire.errors import (
     ThinwireError,
     UntrustedError,
 )
-from thinwire.stores.protocol import Get, List
+from thinwire.stores.protocol import Distrust, Get, List
 from thinwire.sync.guard import Guard
 from thinwire.sync.retrying import retrying
 from thinwire.sync.trust import Memory, Trust, now_ms
@@ -114,6 +114,7 @@ class Remote:
         try:
             return self.chain.accept(data, version=version, now_ms=now_ms())
         except RefuseError:  # one short, mangled or mistaken reply is not the store's last word
+            self._distrust(manifest_key(version))
             data = self._get_manifest(version)
             if self.guard is not None:
                 self._prove(version)
@@ -203,6 +204,8 @@ class Remote:
                 if last:
                     self._bad_skips.add(pair)
                     _log.warning("the skip delta from version %d to %d is not used: %s", base, version, error)
+                else:
+                    self._distrust(key)
         return self.skips.get(pair)
 
     def newest(self) -> Manifest | None:
@@ -336,7 +339,13 @@ class Remote:
             except RefetchError:
                 if last:
                     raise
+                self._distrust(ref.key)
         raise AssertionError("unreachable")
+
+    def _distrust(self, key: str) -> None:
+        """Where the store gives copies, have the next answer from further back."""
+        if isinstance(self.store, Distrust):
+            self.store.distrust(key)
 
     def _fetch_once(self, ref: ObjectRef, hash_name: str) -> bytes:
         data = retrying(lambda: self.store.get(ref.key, size_max=ref.size), limit_s=self.retry_s)
