@@ -2,7 +2,7 @@
 """The loops of sparse steps on the CPU, compiled by Numba: gather, update, scatter, in one pass over the active cells.
 
 Weights and gradients come as cells (their bits), so that bfloat16 and float16, which NumPy or Numba lack, are read and
-rounded here as torch rounds them. Sorted positions 64 ahead are asked for: they lie too far apart for the processor to
+rounded here as torch rounds them. Sorted positions 64 or 128 ahead are asked for: they lie too far apart for the processor to
 fetch them by itself. The readable versions are in :mod:`thinwire.optim.oracle`; the tests require equal bits.
 """
 
@@ -16,9 +16,9 @@ from thinwire.wire.vector import prefetch
 __all__ = ["BF16", "F16", "F32", "absent", "adam", "gather", "importance", "pick", "sgd", "tally", "weave"]
 
 F32, BF16, F16 = 0, 1, 2
-_AHEAD = 64
+_AHEAD = 128
 _BLOCK = 32  # two vectors: the arithmetic of one block then runs while lines for later ones are on their way
-_FAR = 128
+_FAR = 64
 
 
 @njit(nogil=True, cache=True, inline="always")
