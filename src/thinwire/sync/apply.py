@@ -7,7 +7,7 @@ decoded ones, so undo needs no memory of its own; they are put back if anything 
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 
@@ -244,13 +244,14 @@ def apply_patch(
     threads: int = 0,
     progress: Progress | None = None,
     watch: Collection[str] = (),
+    agrees: Callable[[Tree], bool] | None = None,
 ) -> ApplyReport:
     """Change ``cells`` (1-d, writable, by name) in place from the patch's parent to its result.
 
     ``layouts`` and ``cells`` get the result's tensors: entries are added and removed as the patch says. Whether the
     base is the parent shows in the result's digest, which is computed from the cells as they are then; if it differs,
     or if anything raises, all cells are put back first. The report tells the changed positions of the tensors in
-    ``watch``.
+    ``watch``. Who holds a part of a state only says by ``agrees`` whether a tree is that of the result.
 
     Raises:
         WrongBaseError: the base has other tensors, or other contents, than the patch's parent; both digests are named.
@@ -287,7 +288,7 @@ def apply_patch(
             applied = time.perf_counter()
             after_cells = {name: fresh.get(name, cells.get(name, _NOTHING)) for name in after_layouts}
             tree = transaction.tree(after_layouts, after_cells)
-            if tree.digest != patch.result:
+            if not (tree.digest == patch.result if agrees is None else agrees(tree)):
                 transaction.undo()
                 _refuse(patch, layouts, cells, aliases or {}, tree.digest)
         except BaseException:

@@ -206,9 +206,16 @@ class _StripeEncoder:
 
 
 def make_patch(
-    snapshot: Snapshot, source: CellSource, options: Options | None = None, *, progress: Progress | None = None
+    snapshot: Snapshot,
+    source: CellSource,
+    options: Options | None = None,
+    *,
+    progress: Progress | None = None,
+    group_of: Callable[[str], object] | None = None,
 ) -> Patch:
     """The patch from ``snapshot`` to ``source``; afterwards ``snapshot`` *is* that state.
+
+    No segment reaches from tensors of one group, as ``group_of`` tells them by name, to those of the next.
 
     Raises:
         RefuseError: the snapshot is not intact.
@@ -235,7 +242,7 @@ def make_patch(
     old_digests = {(t.dtype, t.shape, t.digest): name for name, t in snapshot.tree.tensors.items()}
     with ThreadPoolExecutor(thread_count(options.threads)) as pool:
         added = {name: _copy_tensor(source, name, layout, hash_name, pool) for name, layout in fresh.items()}
-        results = list(pool.map(encode, stripes(same)))
+        results = list(pool.map(encode, stripes(same, group_of=group_of)))
     changed: dict[str, int] = {}
     for result in results:
         for name, count in result.changed.items():

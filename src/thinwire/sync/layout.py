@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -117,8 +117,8 @@ class StateSource:
         return cells_of(part.to(self.state.cast) if self.state.casts(tensor) else part)
 
 
-def stripes(rows: Iterable[tuple[str, Layout]]) -> list[Stripe]:
-    """Cut tensors into stripes, in their order, data type by data type."""
+def stripes(rows: Iterable[tuple[str, Layout]], *, group_of: Callable[[str], object] | None = None) -> list[Stripe]:
+    """Cut tensors into stripes, in their order, data type by data type; none reaches over the end of a group."""
     by_dtype: dict[str, list[tuple[str, Layout]]] = {}
     for name, layout in rows:
         by_dtype.setdefault(layout.dtype.name, []).append((name, layout))
@@ -127,8 +127,13 @@ def stripes(rows: Iterable[tuple[str, Layout]]) -> list[Stripe]:
         dtype = members[0][1].dtype
         step = block_cells(dtype.cell_bytes)
         blocks: list[Block] = []
-        held = 0
+        held, last = 0, None
         for name, layout in members:
+            group = None if group_of is None else group_of(name)
+            if blocks and group != last:
+                found.append(Stripe(dtype, tuple(blocks)))
+                blocks, held = [], 0
+            last = group
             for index, start in enumerate(range(0, layout.cells, step)):
                 block = Block(name, index, start, min(start + step, layout.cells))
                 if held + step > STRIPE_CELLS:

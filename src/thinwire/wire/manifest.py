@@ -4,11 +4,14 @@ The file is canonical JSON, ``{"digest": ..., "signatures": [...], "signed": {..
 hash of the canonical bytes of ``signed``. It stands in the file so that a mangled reply is told from a forged one.
 Fields this version does not know are kept as they are, so that a tool that copies a
 manifest never drops what a newer publisher wrote.
+
+A sharded trainer publishes its state *in parts*, one of each rank. The manifests are of format version 2: ``tree`` is
+then the map of all chunks (:mod:`thinwire.wire.chunks`), and each :class:`Part` has its own tree, delta and anchor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,9 +20,13 @@ from thinwire.wire import canonical
 from thinwire.wire.digests import check_digest, hasher
 from thinwire.wire.spec import MANIFEST_BYTES_MAX
 
-__all__ = ["DeltaRef", "Manifest", "ObjectRef", "Parent", "manifest_key", "version_of_key"]
+__all__ = [
+    "DeltaRef", "Manifest", "ObjectRef", "Parent", "Part", "manifest_key", "state_of_parts", "version_of_key",
+]  # fmt: skip
 
 FORMAT_MANIFEST = "thinwire.manifest.v1"
+FORMAT_IN_PARTS = "thinwire.manifest.v2"
+PARTS_MAX = 1 << 16
 VERSION_MAX = 10**10 - 1
 SHARDS_MAX = 100_000
 PREFIX = "manifests/"
@@ -74,6 +81,45 @@ class DeltaRef:
     base_state: str
     object: ObjectRef
 
+    def to_json(self) -> dict[str, Any]:
+        return {"base": self.base, "base_state": self.base_state, "object": self.object.to_json()}
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One rank's part of a version: the digest of its own tree, the tree, and what leads there."""
+
+    state: str
+    tree: ObjectRef
+    deltas: tuple[DeltaRef, ...]
+    anchor: tuple[ObjectRef, ...]
+
+    def objects(self) -> tuple[ObjectRef, ...]:
+        """Every object that this part names."""
+        return (self.tree, *(d.object for d in self.deltas), *self.anchor)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "anchor": [ref.to_json() for ref in self.anchor],
+            "deltas": [delta.to_json() for delta in self.deltas],
+            "state": self.state,
+            "tree": self.tree.to_json(),
+        }
+
+    @classmethod
+    def from_json(cls, value: Any, version: int) -> Part:
+        """A part of ``version``. Raises MalformedError."""
+        if not isinstance(value, dict) or set(value) != {"anchor", "deltas", "state", "tree"}:
+            raise MalformedError("a part of a version is an object of 'anchor', 'deltas', 'state' and 'tree'")
+        deltas, anchor = _lists(value)
+        return cls(check_digest(value["state"]), ObjectRef.from_json(value["tree"]), _deltas(deltas, version), anchor)
+
+
+def state_of_parts(hash_name: str, chunks: str, states: Iterable[str]) -> str:
+    """The state digest of a version in parts, from that of its map of chunks and those of its parts, in order."""
+    value = {"chunks": chunks, "format": FORMAT_IN_PARTS, "parts": list(states)}
+    return hasher(hash_name)(canonical.dump(value)).digest().hex()
+
 
 @dataclass(frozen=True, slots=True)
 class Parent:
@@ -89,6 +135,9 @@ class Manifest:
 
     ``anchor_version`` is the newest version at or before this one that has an anchor. ``facts`` are integers for
     people and planners (state_bytes, elements, changed, created_ms); ``metadata`` is the user's.
+
+    With ``parts``, ``tree`` is the map of chunks, ``deltas`` and ``anchor`` are empty, all parts have an anchor or none
+    has, and ``state`` is :func:`state_of_parts`.
     """
 
     version: int
@@ -104,18 +153,21 @@ class Manifest:
     metadata: Mapping[str, str] = field(default_factory=dict)
     extra: Mapping[str, Any] = field(default_factory=dict)
     signatures: tuple[Any, ...] = ()
+    parts: tuple[Part, ...] = ()
 
     def signed(self) -> dict[str, Any]:
-        """The part that digests and signatures cover, as JSON values."""
-        deltas = [{"base": d.base, "base_state": d.base_state, "object": d.object.to_json()} for d in self.deltas]
+        """What digests and signatures cover, as JSON values."""
+        if self.parts:
+            body: dict[str, Any] = {"format": FORMAT_IN_PARTS, "parts": [part.to_json() for part in self.parts]}
+        else:
+            deltas, anchor = [delta.to_json() for delta in self.deltas], [ref.to_json() for ref in self.anchor]
+            body = {"anchor": anchor, "deltas": deltas, "format": FORMAT_MANIFEST}
         parent = self.parent and {"manifest": self.parent.manifest, "version": self.parent.version}
         return {
             **self.extra,
-            "anchor": [ref.to_json() for ref in self.anchor],
+            **body,
             "anchor_version": self.anchor_version,
-            "deltas": deltas,
             "facts": dict(self.facts),
-            "format": FORMAT_MANIFEST,
             "hash": self.hash,
             "metadata": dict(self.metadata),
             "parent": parent,
@@ -133,11 +185,18 @@ class Manifest:
     @property
     def anchor_bytes(self) -> int:
         """Size of the full checkpoint, 0 if there is none."""
-        return sum(ref.size for ref in self.anchor)
+        return sum(ref.size for ref in self.anchor) + sum(ref.size for part in self.parts for ref in part.anchor)
+
+    @property
+    def kind(self) -> str:
+        """``delta``, ``anchor`` or ``delta+anchor``."""
+        first = self.parts[0] if self.parts else self
+        return "+".join(name for name, there in (("delta", first.deltas), ("anchor", first.anchor)) if there)
 
     def objects(self) -> tuple[ObjectRef, ...]:
         """Every object this manifest names."""
-        return (self.tree, *(d.object for d in self.deltas), *self.anchor)
+        own = (self.tree, *(d.object for d in self.deltas), *self.anchor)
+        return (*own, *(ref for part in self.parts for ref in part.objects()))
 
     def encode(self) -> bytes:
         """The file's bytes."""
@@ -157,9 +216,10 @@ class Manifest:
         value, signatures = envelope["signed"], envelope["signatures"]
         if not isinstance(value, dict) or not isinstance(signatures, list):
             raise MalformedError("a manifest's 'signed' or 'signatures' has the wrong type")
-        if value.get("format") != FORMAT_MANIFEST:
+        if value.get("format") not in (FORMAT_MANIFEST, FORMAT_IN_PARTS):
             raise UnsupportedError(
-                f"manifest format {str(value.get('format'))[:40]!r}, known is {FORMAT_MANIFEST!r}; upgrade thinwire"
+                f"manifest format {str(value.get('format'))[:40]!r}, known are {FORMAT_MANIFEST!r} and "
+                f"{FORMAT_IN_PARTS!r}; upgrade thinwire"
             )
         actual = hasher(str(value.get("hash")))(canonical.dump(value)).digest().hex()
         if envelope["digest"] != actual:
@@ -177,37 +237,67 @@ def _from_signed(value: dict[str, Any], signatures: tuple[Any, ...]) -> Manifest
             raise MalformedError("a manifest's parent is not an object")
         before = _int(value["parent"].get("version"), "parent's version", 1, version - 1)
         parent = Parent(before, check_digest(value["parent"].get("manifest")))
-    anchor, deltas = value.get("anchor"), value.get("deltas")
-    if not isinstance(anchor, list) or not isinstance(deltas, list) or len(anchor) + len(deltas) > SHARDS_MAX:
-        raise MalformedError("a manifest's anchor or deltas is not a list, or is too long")
+    in_parts = value["format"] == FORMAT_IN_PARTS
+    deltas, anchor = ([], ()) if in_parts else _lists(value)
     facts, metadata = value.get("facts"), value.get("metadata")
     if not isinstance(facts, dict) or not isinstance(metadata, dict):
         raise MalformedError("a manifest's facts or metadata is not an object")
     if not all(isinstance(v, str) for v in metadata.values()):
         raise MalformedError("a manifest's metadata are not strings")
     step = value.get("step")
-    known = {
-        "anchor", "anchor_version", "deltas", "facts", "format", "hash", "metadata", "parent", "state", "step", "tree",
-        "version",
-    }  # fmt: skip
+    known = {"anchor_version", "facts", "format", "hash", "metadata", "parent", "state", "step", "tree", "version"}
+    known |= {"parts"} if in_parts else {"anchor", "deltas"}
     manifest = Manifest(
         version=version,
         state=check_digest(value.get("state")),
         hash=str(value["hash"]),
         parent=parent,
         tree=ObjectRef.from_json(value.get("tree")),
-        deltas=tuple(_delta(d, version) for d in deltas),
-        anchor=tuple(ObjectRef.from_json(ref) for ref in anchor),
+        deltas=_deltas(deltas, version),
+        anchor=anchor,
         anchor_version=_int(value.get("anchor_version"), "anchor_version", 1, version),
         step=None if step is None else _int(step, "step", -(1 << 62)),
         facts={str(k): _int(v, f"fact {k}") for k, v in facts.items()},
         metadata=metadata,
         extra={k: v for k, v in value.items() if k not in known},
         signatures=signatures,
+        parts=_parts(value.get("parts"), version) if in_parts else (),
     )
-    if (manifest.anchor_version == version) != bool(manifest.anchor) or not (manifest.anchor or manifest.deltas):
+    if in_parts:
+        _check_parts(manifest)
+    elif (manifest.anchor_version == version) != bool(manifest.anchor) or not (manifest.anchor or manifest.deltas):
         raise MalformedError(f"version {version} has neither anchor nor delta, or misstates its anchor")
     return manifest
+
+
+def _lists(value: Mapping[str, Any]) -> tuple[list[Any], tuple[ObjectRef, ...]]:
+    anchor, deltas = value.get("anchor"), value.get("deltas")
+    if not isinstance(anchor, list) or not isinstance(deltas, list) or len(anchor) + len(deltas) > SHARDS_MAX:
+        raise MalformedError("a manifest's anchor or deltas is not a list, or is too long")
+    return deltas, tuple(ObjectRef.from_json(ref) for ref in anchor)
+
+
+def _parts(values: Any, version: int) -> tuple[Part, ...]:
+    if not isinstance(values, list) or not 0 < len(values) <= PARTS_MAX:
+        raise MalformedError(f"a version in parts has from 1 to {PARTS_MAX} of them in a list")
+    return tuple(Part.from_json(value, version) for value in values)
+
+
+def _check_parts(manifest: Manifest) -> None:
+    version, parts = manifest.version, manifest.parts
+    anchored = {bool(part.anchor) for part in parts}
+    bases = {tuple(delta.base for delta in part.deltas) for part in parts}
+    if len(anchored) > 1 or len(bases) > 1:
+        raise MalformedError(f"the parts of version {version} do not all have an anchor, or deltas from one version")
+    if anchored != {manifest.anchor_version == version} or not (parts[0].anchor or parts[0].deltas):
+        raise MalformedError(f"version {version} has neither anchor nor delta, or misstates its anchor")
+    actual = state_of_parts(manifest.hash, manifest.tree.digest, (part.state for part in parts))
+    if actual != manifest.state:
+        raise MalformedError(f"the parts of version {version} make the state {actual}, it says {manifest.state}")
+
+
+def _deltas(values: Sequence[Any], version: int) -> tuple[DeltaRef, ...]:
+    return tuple(_delta(value, version) for value in values)
 
 
 def _delta(value: Any, version: int) -> DeltaRef:

@@ -36,7 +36,7 @@ from thinwire.wire.spec import (
     dtype_of,
 )
 
-__all__ = ["KINDS", "Patch", "Row", "SegmentRow", "parse_rows", "table_entry"]
+__all__ = ["KINDS", "Patch", "Row", "SegmentRow", "parse_rows", "parse_table", "segments_entry", "table_entry"]
 
 KINDS = ("sparse", "raw", "moved")
 TABLE_KEY = "thinwire.table"
@@ -208,6 +208,27 @@ def table_entry(header: Header) -> Entry:
     if entry is None or entry.dtype != "U8":
         raise MalformedError(f"the patch has no valid {TABLE_KEY!r}", name=TABLE_KEY)
     return entry
+
+
+def segments_entry(header: Header) -> Entry:
+    """Where a patch file's segments lie, one after another. Raises MalformedError."""
+    entry = header.entries.get(SEGMENTS_KEY)
+    if entry is None or entry.dtype != "U8":
+        raise MalformedError(f"the patch has no valid {SEGMENTS_KEY!r}", name=SEGMENTS_KEY)
+    return entry
+
+
+def parse_table(packed: bytes | memoryview, stored_bytes: int) -> tuple[tuple[Row, ...], tuple[SegmentRow, ...]]:
+    """The rows of tensors and of segments in a table, for who reads the segments (``stored_bytes`` of them) by ranges.
+
+    Raises:
+        MalformedError: as :meth:`Patch.parse`.
+    """
+    table = _read_table(memoryview(packed))
+    rows = tuple(_read_row(row) for row in table["tensors"])
+    segments = tuple(_read_segment_row(row) for row in table["segments"])
+    _check_cover(rows, segments, stored_bytes)
+    return rows, segments
 
 
 def parse_rows(packed: bytes | memoryview) -> tuple[Row, ...]:
