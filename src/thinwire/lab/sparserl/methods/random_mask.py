@@ -17,5 +17,5 @@ def _prepare(model: Any, setting: Setting) -> Prepared:
 
 
 METHOD = Method(
-    about="1 % of all weights, drawn at random and kept, AdamW", prepare=_prepare, lrs=(3e-4, 1e-3, 3e-3, 1e-2)
+    about="1 % of all weights, drawn at random and kept, AdamW", prepare=_prepare, lrs=(1e-3, 3e-3, 1e-2, 3e-2)
 )
