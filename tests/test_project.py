@@ -60,7 +60,7 @@ OPTIONAL = {
     "mergekit": {"bench"},
     "opentelemetry": {"integrations"},
     "pcodec": {"bench"},
-    "peft": {"lab"},
+    "peft": {"integrations", "lab"},
     "plotly": {"bench", "cli", "lab"},
     "prometheus_client": {"integrations"},
     "pyarrow": {"lab", "probe"},
