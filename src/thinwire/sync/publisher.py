@@ -17,8 +17,6 @@ from thinwire.errors import (
     ConflictError,
     MisuseError,
     NoPathError,
-    ObjectExistsError,
-    ObjectNotFoundError,
     RefetchError,
     RetryError,
     UnsafeStoreError,
@@ -26,6 +24,7 @@ from thinwire.errors import (
 from thinwire.stores import Store, open_store
 from thinwire.stores.probe import enforces_create
 from thinwire.sync.anchor import write_shards
+from thinwire.sync.committing import create_manifest, upload
 from thinwire.sync.compactor import BackgroundCompactor, CompactReport, compact
 from thinwire.sync.encode import Options, Progress, Snapshot, make_patch, take_snapshot
 from thinwire.sync.events import Observer, observed, published, tell
@@ -34,12 +33,11 @@ from thinwire.sync.host import fetch_state, snapshot_of
 from thinwire.sync.layout import StateSource
 from thinwire.sync.pending import Pending, PublishReport, head_of, signed
 from thinwire.sync.remote import HINT_KEY, Remote, hash_bytes, hint_bytes
-from thinwire.sync.retrying import retrying
 from thinwire.sync.trust import Keys, Pinned, Trust, now_ms, read_trust, signers_of
 from thinwire.tensors.tree import state_of
-from thinwire.wire.manifest import DeltaRef, Manifest, ObjectRef, Parent, manifest_key
+from thinwire.wire.manifest import DeltaRef, Manifest, ObjectRef, Parent
 from thinwire.wire.patch import Patch
-from thinwire.wire.spec import HASHES, MANIFEST_BYTES_MAX
+from thinwire.wire.spec import HASHES
 from thinwire.wire.trust import Heartbeat, TrustDocument
 
 __all__ = ["PublishReport", "Publisher"]
@@ -404,9 +402,10 @@ class Publisher:
         assert pending is not None
         start = time.perf_counter()
         delta = [] if self._skips is None else pending.delta()
-        self._upload(pending)
+        upload(self.store, pending, limit_s=self.retry_s)
         uploaded = time.perf_counter()
-        self._create_manifest(pending.manifest)
+        if not create_manifest(self.store, pending.manifest, limit_s=self.retry_s):
+            self._lose(pending.manifest.version)
         committed = time.perf_counter()
         manifest = pending.manifest
         self._chain_bytes = 0 if manifest.anchor else self._chain_bytes + pending.report.patch_bytes
@@ -425,47 +424,6 @@ class Publisher:
         report = replace(pending.report, seconds=seconds)
         tell(self.observer, published(report, began=pending.began, uploading=start))
         return report
-
-    def _upload(self, pending: Pending) -> None:
-        """Put the objects, several at once; those that are up are taken off the list even if others fail."""
-
-        def put(item: tuple[ObjectRef, list[bytes | memoryview]]) -> None:
-            ref, buffers = item
-            retrying(lambda: self.store.put(ref.key, buffers), limit_s=self.retry_s)
-
-        with ThreadPoolExecutor(min(_UPLOADS, max(len(pending.uploads), 1))) as pool:
-            futures = [(item, pool.submit(put, item)) for item in pending.uploads]
-        pending.uploads = [item for item, future in futures if future.exception() is not None]
-        for _, future in futures:
-            future.result()
-
-    def _create_manifest(self, manifest: Manifest) -> None:
-        """Create-only write of the manifest; a lost reply is settled by reading it back."""
-        key, data = manifest_key(manifest.version), manifest.encode()
-        if self._remote_moved_on(manifest.version):
-            self._lose(manifest.version)
-
-        def attempt() -> bool:
-            try:
-                self.store.create(key, [data])
-            except ObjectExistsError:
-                pass
-            except RetryError:
-                with suppress(ObjectNotFoundError):
-                    return self.store.get(key, size_max=MANIFEST_BYTES_MAX) == data
-                raise
-            else:
-                return True
-            return self.store.get(key, size_max=MANIFEST_BYTES_MAX) == data
-
-        if not retrying(attempt, limit_s=self.retry_s):
-            self._lose(manifest.version)
-
-    def _remote_moved_on(self, version: int) -> bool:
-        """Whether there are versions behind this one: then it is long taken, even if its manifest were gone."""
-        key = manifest_key(version)
-        later = retrying(lambda: next(iter(self.store.list("manifests/", start_after=key)), None), limit_s=self.retry_s)
-        return later is not None
 
     def _lose(self, version: int) -> None:
         self._pending, self._snapshot = None, None
