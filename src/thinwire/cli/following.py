@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from thinwire.cli.options import (
+    CacheOption,
     Json,
     MaxAge,
     StoreArgument,
@@ -65,6 +66,8 @@ def _mirror(
     wait: bool,
     trust: Trust | None,
     observer: Observer | None = None,
+    cache: Path | None = None,
+    poll_s: float = 0.5,
 ) -> Iterator[Mirror]:
     """The folder, locked. ``forward`` refuses versions older than what it holds; ``wait``: the store may come later.
 
@@ -75,7 +78,7 @@ def _mirror(
     from thinwire.sync.remote import Remote
     from thinwire.sync.trust import Memory
 
-    store = opened_store(url) if wait else existing_store(url)
+    store = (opened_store if wait else existing_store)(url, cache=cache, poll_s=poll_s)
     with output.bars() as bars:
         mirror = Mirror(
             out, Remote(observed(watched(store, bars), observer), retry_s=RETRY_S),
@@ -97,6 +100,7 @@ def pull(
     version: Annotated[int | None, typer.Option(min=1, help="The version; the newest by default.")] = None,
     trust: TrustOption = None,
     max_age: MaxAge = None,
+    cache: CacheOption = None,
     threads: Threads = 0,
     as_json: Json = False,
 ) -> None:
@@ -107,7 +111,7 @@ def pull(
     """
     output = Output(ctx, as_json=as_json)
     pinned = trust_of(trust, max_age)
-    with _mirror(output, store, out, threads, forward=version is None, wait=False, trust=pinned) as mirror:
+    with _mirror(output, store, out, threads, forward=version is None, wait=False, trust=pinned, cache=cache) as mirror:
         if version is None:
             target = mirror.newest()
             if target is None:
@@ -141,6 +145,7 @@ def follow(
     ] = None,
     trust: TrustOption = None,
     max_age: MaxAge = None,
+    cache: CacheOption = None,
     log_format: LogFormatOption = LogFormat.text,
     metrics_port: MetricsPort = None,
     metrics_address: MetricsAddress = "127.0.0.1",
@@ -157,7 +162,18 @@ def follow(
     pinned = trust_of(trust, max_age)
     with (
         watching(output, log_format=log_format, port=metrics_port, address=metrics_address) as observer,
-        _mirror(output, store, out, threads, forward=True, wait=True, trust=pinned, observer=observer) as mirror,
+        _mirror(
+            output,
+            store,
+            out,
+            threads,
+            forward=True,
+            wait=True,
+            trust=pinned,
+            observer=observer,
+            cache=cache,
+            poll_s=poll,
+        ) as mirror,
     ):
         deadline = _Deadline(timeout)
         for update in _updates(mirror, output, deadline, poll, once, observer):

@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     from thinwire.sync.trust import Trust
 
 __all__ = [
-    "Dtype", "Hash", "HashOption", "Json", "KeyOption", "Level", "LevelOption", "MaxAge", "StoreArgument", "Threads",
-    "TrustOption", "Values", "ValuesOption", "examples", "existing_store", "opened_store", "seconds_of", "trust_of",
+    "CacheOption", "Dtype", "Hash", "HashOption", "Json", "KeyOption", "Level", "LevelOption", "MaxAge",
+    "StoreArgument", "Threads", "TrustOption", "Values", "ValuesOption", "examples", "existing_store", "opened_store",
+    "seconds_of", "trust_of",
 ]  # fmt: skip
 
 
@@ -102,6 +103,13 @@ MaxAge = Annotated[
         help="With --trust: refuse a newest version that nobody has called so for so long, such as 10m.",
     ),
 ]  # fmt: skip
+CacheOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--cache", envvar="THINWIRE_CACHE", metavar="FOLDER",
+        help="Share what comes from the store with the other workers of this machine, in this folder.",
+    ),
+]  # fmt: skip
 
 
 def trust_of(paths: Sequence[Path] | None, max_age_s: float | None = None) -> Trust | None:
@@ -124,27 +132,29 @@ def examples(*lines: str) -> str:
     return "\n\n".join(["[bold]Examples[/]", *(f"  [cyan]{line}[/]" for line in lines)])
 
 
-def existing_store(url: str) -> Store:
-    """The store at ``url`` for reading.
+def existing_store(url: str, *, cache: Path | None = None, poll_s: float = 0.5) -> Store:
+    """The store at ``url`` for reading, see :func:`opened_store`.
 
     Raises:
         MisuseError: it is a folder that is not there, or nothing here knows such a store.
     """
     if "://" not in url and not Path(url).is_dir():
         raise MisuseError(f"there is no store {url}: no such folder", store=url)
-    return opened_store(url)
+    return opened_store(url, cache=cache, poll_s=poll_s)
 
 
-def opened_store(url: str) -> Store:
+def opened_store(url: str, *, cache: Path | None = None, poll_s: float = 0.5) -> Store:
     """The store at ``url``; its objects are encrypted if THINWIRE_OBJECT_KEY names key files (separated by ``:``), of
-    which the first one writes.
+    which the first one writes. Behind ``cache``, a folder shared by workers that look every ``poll_s``; what lies in it
+    is encrypted, too.
 
     Raises:
         MisuseError: nothing here knows such a store, or a key file cannot be used.
     """
     from thinwire.stores import open_store
+    from thinwire.stores.cached import cached
 
-    store, names = open_store(url), os.environ.get("THINWIRE_OBJECT_KEY", "")
+    store, names = cached(open_store(url), cache, poll_s=poll_s), os.environ.get("THINWIRE_OBJECT_KEY", "")
     if not names:
         return store
     from thinwire.stores.encrypted import EncryptedStore, read_object_keys

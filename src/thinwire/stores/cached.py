@@ -30,7 +30,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from itertools import chain, islice
-from typing import Final, final
+from typing import Final, TypeVar, cast, final
 
 from thinwire.errors import MisuseError, ObjectNotFoundError
 from thinwire.stores.checks import check_list, check_range, is_key, not_there, too_large, views
@@ -39,7 +39,7 @@ from thinwire.stores.flights import Flights, Lookout
 from thinwire.stores.protocol import Blob, Distrust, Notify, ObjectInfo, Store, check_key
 from thinwire.stores.shelf import ABSENT, CHECKED_BYTES, LISTING, OBJECT, UNKEPT, Entry, Shelf
 
-__all__ = ["CACHE_BYTES", "CachedStore"]
+__all__ = ["CACHE_BYTES", "CachedStore", "cached"]
 
 CACHE_BYTES: Final = 16 << 30
 IMMUTABLE: Final = r"objects/.+|skips/[^/]+/.+"
@@ -312,3 +312,17 @@ class CachedStore:
 
     def __repr__(self) -> str:
         return f"CachedStore({self.inner!r}, {self.folder!r})"
+
+
+S = TypeVar("S")
+
+
+def cached(store: S, folder: str | os.PathLike[str] | None, *, poll_s: float) -> S:
+    """``store`` behind a folder that is shared by workers who look for something new every ``poll_s``; itself without.
+
+    What may have changed is asked for again after a quarter of that time.
+
+    Raises:
+        MisuseError: as :class:`CachedStore`.
+    """
+    return store if folder is None else cast("S", CachedStore(cast("Store", store), folder, fresh_s=poll_s / 4))

@@ -22,6 +22,7 @@ from thinwire.errors import (
     WrongBaseError,
 )
 from thinwire.stores import Notify, open_store
+from thinwire.stores.cached import cached
 from thinwire.sync import events
 from thinwire.sync.apply import apply_patch
 from thinwire.sync.encode import Progress
@@ -116,6 +117,8 @@ class Consumer:
         memory: a file in which to remember the newest version and keys that were seen, so that no store goes back on
             them after a restart either. One consumer a file.
         observer: called with what happens (:mod:`thinwire.sync.events`), for metrics and traces.
+        cache: a folder that the workers of this machine share, so that each object comes from the store once, and all
+            of them together look for a new version as often as four would (``docs/fleet.md``).
 
     Raises:
         UntrustedError: (any call that looks at the store) what it shows is unsigned, signed by other keys than trusted,
@@ -145,10 +148,12 @@ class Consumer:
         trust: Pinned | None = None,
         memory: str | os.PathLike[str] | None = None,
         observer: events.Observer | None = None,
+        cache: str | os.PathLike[str] | None = None,
     ) -> None:
         if poll_s <= 0 or retry_s < 0:
             raise MisuseError("poll_s must be positive and retry_s not negative")
-        self.store: ReadableStore = open_store(store) if isinstance(store, str) else store
+        opened: ReadableStore = open_store(store) if isinstance(store, str) else store
+        self.store = cached(opened, cache, poll_s=poll_s)
         self.poll_s, self.threads, self.observer = poll_s, threads, observer
         self._remote = Remote(
             events.observed(self.store, observer),

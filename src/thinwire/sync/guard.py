@@ -9,7 +9,7 @@ from typing import Protocol, final
 
 from thinwire.chain.authority import Authority, date_text
 from thinwire.errors import MalformedError, ObjectNotFoundError, RefetchError, RefuseError, UntrustedError
-from thinwire.stores.protocol import Get, Put
+from thinwire.stores.protocol import Distrust, Get, Put
 from thinwire.sync.retrying import retrying
 from thinwire.sync.trust import Memory, Trust, now_ms
 from thinwire.wire.manifest import Manifest
@@ -60,6 +60,7 @@ class Guard:
             try:
                 self.authority.advance(data)
             except RefuseError:  # one short or mangled reply is not the store's last word
+                self._distrust(key)
                 self.authority.advance(self._get(key))
             self._remember()
         self._remember()
@@ -74,6 +75,11 @@ class Guard:
 
     def _get(self, key: str) -> bytes:
         return retrying(lambda: self.store.get(key, size_max=TRUST_BYTES_MAX), limit_s=self.retry_s)
+
+    def _distrust(self, key: str) -> None:
+        """Where the store gives copies, have the next answer from further back."""
+        if isinstance(self.store, Distrust):
+            self.store.distrust(key)
 
     def _remember(self) -> None:
         memory, document = self.memory, self.authority.document
@@ -142,6 +148,7 @@ class Guard:
                 except (MalformedError, RefetchError, UntrustedError) as error:
                     if last or isinstance(error, ObjectNotFoundError):
                         raise
+                    self._distrust(HEARTBEAT_KEY)
         return None
 
     @staticmethod
