@@ -20,7 +20,7 @@ class PublishReport:
 
     ``kind`` is ``delta``, ``anchor`` or ``delta+anchor``; sizes are in bytes, ``full_bytes`` being that of the state;
     ``density`` is the share of changed elements. ``seconds`` by stage: ``base`` (first publish only), ``encode`` (diff,
-    encode, hash in one pass), ``upload``, ``commit``, ``total``.
+    encode, hash in one pass), ``upload``, ``commit``, ``total``. ``level`` is the patch's; empty if there is none.
     """
 
     version: int
@@ -35,6 +35,7 @@ class PublishReport:
     elements: int
     density: float
     seconds: Mapping[str, float]
+    level: str = ""
 
 
 @dataclass(slots=True)

@@ -31,6 +31,7 @@ from thinwire.sync.events import Observer, observed, published, tell
 from thinwire.sync.guard import put_heartbeat
 from thinwire.sync.host import fetch_state, snapshot_of
 from thinwire.sync.layout import StateSource
+from thinwire.sync.levels import AUTO, LevelChooser
 from thinwire.sync.pending import Pending, PublishReport, head_of, signed
 from thinwire.sync.remote import HINT_KEY, Remote, hash_bytes, hint_bytes
 from thinwire.sync.trust import Keys, Pinned, Trust, now_ms, read_trust, signers_of
@@ -54,7 +55,10 @@ class Publisher:
             :class:`~thinwire.stores.Store`.
         dtype: publish floating-point tensors of 16 bits or more as this dtype (``torch.bfloat16`` for fp32 masters
             that are served in bf16), rounded as ``tensor.to(dtype)`` does.
-        level: ``fast``, ``small`` or ``smallest``; see ``docs/levels.md``.
+        level: ``fast``, ``small`` or ``smallest``; or ``auto``, which tries the last two and goes on with the one that
+            brings versions over sooner, by the rates it measures. See ``docs/levels.md``.
+        link_mbit_s: rate of the link that ``auto`` is to choose for, in Mbit/s, where the publisher's own is not the
+            one that counts.
         values: ``ulp`` (steps; smaller) or ``absolute`` (new values; applying twice does no harm).
         hash: ``blake3`` or ``sha256``.
         anchor_ratio: write a full anchor when the patches since the last one have so many times its size.
@@ -104,6 +108,7 @@ class Publisher:
         *,
         dtype: torch.dtype | None = None,
         level: str = "small",
+        link_mbit_s: float | None = None,
         values: str = "ulp",
         hash: str = "blake3",
         anchor_ratio: float = 1.0,
@@ -126,7 +131,10 @@ class Publisher:
             raise MisuseError(f"skips must be 'ladder' or None, not {skips!r}")
         self.observer = observer
         self.store: Store = observed(open_store(store) if isinstance(store, str) else store, observer)
-        self.dtype, self.options, self.hash = dtype, Options(level, values, threads), hash
+        self._levels = LevelChooser(None if link_mbit_s is None else 1e6 * link_mbit_s) if level == AUTO else None
+        if link_mbit_s is not None and self._levels is None:
+            raise MisuseError("link_mbit_s is what level='auto' chooses by; give both or neither")
+        self.dtype, self.options, self.hash = dtype, Options("small" if self._levels else level, values, threads), hash
         self.anchor_ratio, self.anchor_every = anchor_ratio, anchor_every
         self.single_publisher, self.shard_bytes_max, self.retry_s = single_publisher, shard_bytes_max, retry_s
         self._signers = signers_of(key)
@@ -317,6 +325,8 @@ class Publisher:
             self._snapshot = take_snapshot(source, hash_name=self.hash, threads=self.options.threads)
         else:
             self._snapshot = base
+            if self._levels is not None:
+                self.options = replace(self.options, level=self._levels.choose())
             patch = make_patch(base, source, self.options, progress=progress)
         encoded = time.perf_counter()
         return self._assemble(patch, step, metadata, began, {"base": based - began, "encode": encoded - based})
@@ -349,6 +359,11 @@ class Publisher:
             ref = add("delta.safetensors", patch.encode())
             deltas = (DeltaRef(head.version, patch.parent, ref),)
         patch_bytes = sum(d.object.size for d in deltas)
+        if self._levels is not None and patch is not None:
+            self._levels.encoded(
+                patch.level, state_bytes=snapshot.size, changed=patch.changed, patch_bytes=patch_bytes,
+                seconds=seconds["encode"],
+            )  # fmt: skip
         anchor: tuple[ObjectRef, ...] = ()
         if patch is None or self._wants_anchor(patch_bytes, snapshot.size):
             meta = {"thinwire.version": str(version), "thinwire.state": snapshot.tree.digest}
@@ -391,6 +406,7 @@ class Publisher:
             elements=elements,
             density=changed / max(elements, 1),
             seconds=seconds,
+            level="" if patch is None else patch.level,
         )
         return Pending(manifest, uploads, report, began)
 
@@ -402,8 +418,11 @@ class Publisher:
         assert pending is not None
         start = time.perf_counter()
         delta = [] if self._skips is None else pending.delta()
+        waiting = sum(ref.size for ref, _ in pending.uploads)
         upload(self.store, pending, limit_s=self.retry_s)
         uploaded = time.perf_counter()
+        if self._levels is not None:
+            self._levels.sent(waiting, uploaded - start)
         if not create_manifest(self.store, pending.manifest, limit_s=self.retry_s):
             self._lose(pending.manifest.version)
         committed = time.perf_counter()
