@@ -29,7 +29,7 @@ from typing import final
 from thinwire.crypto import Sealer
 from thinwire.errors import DamagedObjectError, MisuseError, UntrustedError
 from thinwire.stores.checks import check_range, too_large, too_short, views
-from thinwire.stores.protocol import Blob, Notify, ObjectInfo, Store, check_key
+from thinwire.stores.protocol import Blob, Distrust, Notify, ObjectInfo, Store, check_key
 
 __all__ = ["CHUNK_BYTES", "EncryptedStore", "object_key_text", "read_object_keys", "sealed_size"]
 
@@ -123,6 +123,12 @@ class EncryptedStore:
         self.create_is_atomic: bool = getattr(inner, "create_is_atomic", True)
         if isinstance(inner, Notify):
             self.wait_for = inner.wait_for
+        if isinstance(inner, Distrust):
+            self.distrust = inner.distrust
+
+    def around(self, inner: Store) -> EncryptedStore:
+        """Another store, ``inner``, sealed with the same keys."""
+        return EncryptedStore(inner, [self._keys[self._writing], *self._keys.values()])
 
     @property
     def url(self) -> str:
