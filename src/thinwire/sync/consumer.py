@@ -21,6 +21,7 @@ from thinwire.errors import (
     StoreUnavailableError,
     WrongBaseError,
 )
+from thinwire.peers import Carrier
 from thinwire.stores import Notify, open_store
 from thinwire.stores.cached import cached
 from thinwire.sync import events
@@ -28,6 +29,7 @@ from thinwire.sync.apply import apply_patch
 from thinwire.sync.encode import Progress
 from thinwire.sync.host import Fetched, HostState, fetch_path, fetch_state
 from thinwire.sync.layout import Layout
+from thinwire.sync.peering import leave, peered
 from thinwire.sync.remote import ReadableStore, Remote
 from thinwire.sync.retrying import jittered
 from thinwire.sync.target import Target
@@ -119,6 +121,8 @@ class Consumer:
         observer: called with what happens (:mod:`thinwire.sync.events`), for metrics and traces.
         cache: a folder that the workers of this machine share, so that each object comes from the store once, and all
             of them together look for a new version as often as four would (``docs/fleet.md``).
+        peers: get versions from other workers first: ``"swarm"``, or a carrier of :mod:`thinwire.peers`; the store is
+            asked for what they do not have. See ``docs/peers.md``.
 
     Raises:
         UntrustedError: (any call that looks at the store) what it shows is unsigned, signed by other keys than trusted,
@@ -149,11 +153,13 @@ class Consumer:
         memory: str | os.PathLike[str] | None = None,
         observer: events.Observer | None = None,
         cache: str | os.PathLike[str] | None = None,
+        peers: str | Carrier | None = None,
     ) -> None:
         if poll_s <= 0 or retry_s < 0:
             raise MisuseError("poll_s must be positive and retry_s not negative")
         opened: ReadableStore = open_store(store) if isinstance(store, str) else store
-        self.store = cached(opened, cache, poll_s=poll_s)
+        self._peered = peered(opened, peers)
+        self.store = cached(self._peered, cache, poll_s=poll_s)
         self.poll_s, self.threads, self.observer = poll_s, threads, observer
         self._remote = Remote(
             events.observed(self.store, observer),
@@ -166,6 +172,16 @@ class Consumer:
         self._held: Manifest | None = None
         self._aliases: dict[str, str] = {}
         self._layouts: dict[str, Layout] = {}
+
+    def close(self) -> None:
+        """Leave the peers, if there are any. The end of the process does that, too."""
+        leave(self._peered)
+
+    def __enter__(self) -> Consumer:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
 
     @property
     def version(self) -> int | None:

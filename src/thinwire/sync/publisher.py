@@ -21,6 +21,7 @@ from thinwire.errors import (
     RetryError,
     UnsafeStoreError,
 )
+from thinwire.peers import Carrier
 from thinwire.stores import Store, open_store
 from thinwire.stores.probe import enforces_create
 from thinwire.sync.anchor import write_shards
@@ -32,6 +33,7 @@ from thinwire.sync.guard import put_heartbeat
 from thinwire.sync.host import fetch_state, snapshot_of
 from thinwire.sync.layout import StateSource
 from thinwire.sync.levels import AUTO, LevelChooser
+from thinwire.sync.peering import leave, peered
 from thinwire.sync.pending import Pending, PublishReport, head_of, signed
 from thinwire.sync.remote import HINT_KEY, Remote, hash_bytes, hint_bytes
 from thinwire.sync.trust import Keys, Pinned, Trust, now_ms, read_trust, signers_of
@@ -78,6 +80,8 @@ class Publisher:
         adopt: digest of the manifest of the store's newest version, to go on from it though the keys that are trusted
             have not signed it: one that was published without keys, or before keys were revoked.
         observer: called with what happens (:mod:`thinwire.sync.events`), for metrics and traces.
+        peers: give versions to the workers directly, too: ``"swarm"``, or a carrier of :mod:`thinwire.peers`. See
+            ``docs/peers.md``; call :meth:`close` at the end.
 
     One snapshot of the last published state is kept in host memory. A publisher that starts on a store with versions
     in it goes on from the newest one; its base is proved by digest, and no anchor is needed for that.
@@ -122,6 +126,7 @@ class Publisher:
         trust: Pinned | None = None,
         adopt: str | None = None,
         observer: Observer | None = None,
+        peers: str | Carrier | None = None,
     ) -> None:
         if hash not in HASHES:
             raise MisuseError(f"hash must be one of {', '.join(HASHES)}, not {hash!r}")
@@ -130,7 +135,8 @@ class Publisher:
         if skips not in (None, "ladder"):
             raise MisuseError(f"skips must be 'ladder' or None, not {skips!r}")
         self.observer = observer
-        self.store: Store = observed(open_store(store) if isinstance(store, str) else store, observer)
+        self._peered = peered(open_store(store) if isinstance(store, str) else store, peers, publishing=True)
+        self.store: Store = observed(self._peered, observer)
         self._levels = LevelChooser(None if link_mbit_s is None else 1e6 * link_mbit_s) if level == AUTO else None
         if link_mbit_s is not None and self._levels is None:
             raise MisuseError("link_mbit_s is what level='auto' chooses by; give both or neither")
@@ -243,10 +249,12 @@ class Publisher:
             return put_heartbeat(self.store, self._head, self._signers, retry_s=self.retry_s)
 
     def close(self) -> None:
-        """Wait for the version under way and stop the background threads; skip deltas not begun are left out."""
+        """Wait for the version under way and stop the background threads; skip deltas not begun are left out. Leave
+        the peers."""
         try:
             self.flush()
         finally:
+            leave(self._peered)
             if self._skips is not None:
                 self._skips.close()
             if self._pool is not None:
