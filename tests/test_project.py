@@ -27,7 +27,8 @@ def test_imports_go_down_only() -> None:
 
 def test_the_public_surface_is_what_it_was() -> None:
     assert thinwire.__all__ == [
-        "ApplyResult", "Consumer", "PublishReport", "Publisher", "SparseSync", "SparseSyncMod", "SparseTaskRouter",
+        "ApplyResult", "Consumer", "PublishReport", "Publisher", "ShardedConsumer", "ShardedPublisher", "SparseSync",
+        "SparseSyncMod", "SparseTaskRouter",
         "SparsityTracker", "ThinwireError", "Version", "__version__", "merge", "open_store", "optim",
     ]  # fmt: skip
     for name in thinwire.__all__:

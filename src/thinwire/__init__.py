@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from thinwire.stores import open_store
     from thinwire.sync.consumer import ApplyResult, Consumer, Version
     from thinwire.sync.publisher import Publisher, PublishReport
+    from thinwire.sync.sharded_consumer import ShardedConsumer
+    from thinwire.sync.sharded_publisher import ShardedPublisher
 
 __version__ = "0.1.0"
 __all__ = [
@@ -29,6 +31,8 @@ __all__ = [
     "Consumer",
     "PublishReport",
     "Publisher",
+    "ShardedConsumer",
+    "ShardedPublisher",
     "SparseSync",
     "SparseSyncMod",
     "SparseTaskRouter",
@@ -46,6 +50,8 @@ _HOMES = {
     "Consumer": "thinwire.sync.consumer",
     "PublishReport": "thinwire.sync.publisher",
     "Publisher": "thinwire.sync.publisher",
+    "ShardedConsumer": "thinwire.sync.sharded_consumer",
+    "ShardedPublisher": "thinwire.sync.sharded_publisher",
     "SparseSync": "thinwire.integrations.flower",
     "SparseSyncMod": "thinwire.integrations.flower_mod",
     "SparseTaskRouter": "thinwire.integrations.router",

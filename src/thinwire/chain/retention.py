@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Set
 from dataclasses import dataclass
 
+from thinwire.chain.parts import anchor_key, delta_key, flattened
 from thinwire.chain.plan import plan
 from thinwire.errors import MisuseError, NoPathError
-from thinwire.wire.manifest import Manifest
+from thinwire.wire.manifest import Manifest, ObjectRef
 
 __all__ = ["Retained", "retain"]
 
@@ -32,15 +33,16 @@ def retain(manifests: Mapping[int, Manifest], *, keep_last: int, keep: Set[int] 
     """
     if keep_last < 1:
         raise MisuseError(f"keep_last must be at least 1, not {keep_last}: the newest version always stays")
+    flat = flattened(manifests, across=False)
     kept = set(sorted(manifests)[-keep_last:]) | (set(keep) & set(manifests))
     needed_manifests: set[int] = set(kept)
     objects: set[str] = set()
     for version in kept:
         manifest = manifests[version]
         objects.add(manifest.tree.key)
-        objects.update(d.object.key for d in manifest.deltas if d.base in kept)
+        objects.update(ref.key for ref in _deltas(manifest, kept))
         try:
-            path = plan(manifests, version)
+            path = plan(flat, version)
         except NoPathError:  # not reachable as it is: whatever it names is kept, and nothing is made worse
             objects.update(ref.key for ref in manifest.objects())
             continue
@@ -49,4 +51,24 @@ def retain(manifests: Mapping[int, Manifest], *, keep_last: int, keep: Set[int] 
         needed_manifests.update(hop.version for hop in path.hops)
         if path.anchor_version is not None:
             needed_manifests.add(path.anchor_version)
+    _take_parts(manifests, needed_manifests, objects)
     return Retained(frozenset(kept), frozenset(needed_manifests), frozenset(objects))
+
+
+def _deltas(manifest: Manifest, bases: Set[int]) -> list[ObjectRef]:
+    """The patches of all parts that start from one of ``bases``."""
+    deltas = [*manifest.deltas, *(delta for part in manifest.parts for delta in part.deltas)]
+    return [delta.object for delta in deltas if delta.base in bases]
+
+
+def _take_parts(manifests: Mapping[int, Manifest], needed: Set[int], objects: set[str]) -> None:
+    """Of versions in parts: the objects for which those of whole versions stood, and the maps and trees."""
+    for version in needed:
+        manifest = manifests[version]
+        for part in manifest.parts:
+            objects |= {manifest.tree.key, part.tree.key}
+            if delta_key(version) in objects:
+                objects.update(delta.object.key for delta in part.deltas)
+            if anchor_key(version) in objects:
+                objects.update(ref.key for ref in part.anchor)
+    objects -= {make(version) for version in needed for make in (anchor_key, delta_key)}

@@ -12,6 +12,7 @@ from thinwire.chain.trusted import TrustedChain
 from thinwire.errors import (
     DamagedObjectError,
     MalformedError,
+    MisuseError,
     ObjectNotFoundError,
     RefetchError,
     RefuseError,
@@ -67,7 +68,8 @@ class Remote:
     """A store's chain as one party sees it. Not to be used by two threads at once, but for :meth:`fetch`.
 
     With ``trust`` only what its keys have signed is accepted, or what that names as its past; ``memory`` is what was
-    seen before, and is kept up to date; ``vouched`` are digests of manifests that the caller answers for.
+    seen before, and is kept up to date; ``vouched`` are digests of manifests that the caller answers for. Versions in
+    parts are for those who can do with them, who say so by ``in_parts``.
     """
 
     def __init__(
@@ -80,8 +82,9 @@ class Remote:
         trust: Trust | None = None,
         memory: Memory | None = None,
         vouched: Set[str] = frozenset(),
+        in_parts: bool = False,
     ) -> None:
-        self.store = store
+        self.store, self.in_parts = store, in_parts
         self.retry_s = retry_s
         self.connections = connections
         self.guard = None if trust is None else Guard(store, trust, memory, retry_s=retry_s)
@@ -103,11 +106,19 @@ class Remote:
         Raises:
             ObjectNotFoundError: there is no such version.
             RefuseError: what is stored contradicts what has been accepted, twice.
+            MisuseError: it is in parts, and the caller is not for that.
             RetryError: the store does not answer.
         """
-        known = self.chain.manifests.get(version)
-        if known is not None:
-            return known
+        found = self.chain.manifests.get(version) or self._accepted(version)
+        if found.parts and not self.in_parts:
+            raise MisuseError(
+                f"version {version} was published in {len(found.parts)} parts by a sharded trainer; read it with "
+                "thinwire.ShardedConsumer, go on from it with thinwire.ShardedPublisher",
+                version=version,
+            )
+        return found
+
+    def _accepted(self, version: int) -> Manifest:
         data = self._get_manifest(version)
         if self.guard is not None and version > max(self.chain.manifests, default=0):
             self.guard.refresh()

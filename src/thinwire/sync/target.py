@@ -14,13 +14,13 @@ from thinwire.tensors.bits import cells_of, dtype_of_tensor, is_host_view, shape
 from thinwire.tensors.device import scatter_
 from thinwire.tensors.tree import state_of
 
-__all__ = ["Target"]
+__all__ = ["Target", "overlapping"]
 
 Cells = npt.NDArray[np.unsignedinteger]
 Model = torch.nn.Module | Mapping[str, torch.Tensor]
 
 
-def _overlapping(tensors: Mapping[str, torch.Tensor]) -> set[str]:
+def overlapping(tensors: Mapping[str, torch.Tensor]) -> set[str]:
     """Names of tensors that share bytes with another one, without being the same tensor."""
     spans: list[tuple[int, int, str]] = []
     for name, tensor in tensors.items():
@@ -54,7 +54,7 @@ class Target:
         canonical = {name: entries[name].detach() for name in layouts}
         shared = state_of(canonical).aliases
         staged = (
-            _overlapping({n: t for n, t in canonical.items() if n not in shared}) | set(shared) | set(shared.values())
+            overlapping({n: t for n, t in canonical.items() if n not in shared}) | set(shared) | set(shared.values())
         )
         self.layouts = dict(layouts)
         self.cells: dict[str, Cells] = {}

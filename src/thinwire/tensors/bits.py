@@ -99,7 +99,10 @@ def cells_of(tensor: torch.Tensor) -> Cells:
     if tensor.layout is not torch.strided or tensor.device.type == "meta":
         raise MisuseError(f"a {tensor.layout} tensor on {tensor.device} has no plain memory to publish")
     if hasattr(tensor, "full_tensor"):
-        raise MisuseError("gather a DTensor first (tensor.full_tensor() or get_model_state_dict(full_state_dict=True))")
+        raise MisuseError(
+            "this is a DTensor: publish with thinwire.ShardedPublisher and load with thinwire.ShardedConsumer, or gather it "
+            "first (tensor.full_tensor(), get_model_state_dict(full_state_dict=True))"
+        )
     plain = tensor.detach()
     if plain.numel() == 0:
         return np.empty(0, dtype.cells)
