@@ -326,7 +326,13 @@ class Consumer:
 
     def _fetch_to(self, manifest: Manifest, held: Manifest | None, *, by_skips: bool = True) -> Fetched:
         have, state = (held.version, held.state) if held is not None else (None, None)
-        found = fetch_path(self._remote, manifest, have=have, have_state=state, avoid=self._avoid, by_skips=by_skips)
+        try:
+            found = fetch_path(
+                self._remote, manifest, have=have, have_state=state, avoid=self._avoid, by_skips=by_skips
+            )
+        except NoPathError:
+            self._avoid.clear()  # what was damaged on its way, twice, may be whole at the next look
+            raise
         told = events.Fetched(manifest.version, found.size, len(found.patches), found.seconds)
         events.tell(self.observer, told)
         return found
