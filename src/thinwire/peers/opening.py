@@ -9,12 +9,12 @@ from thinwire.peers.protocol import Carrier
 
 __all__ = ["open_peers"]
 
-KNOWN = "swarm, and swarm://host:port"
-_SPEC = re.compile(r"(swarm)(?:://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):([0-9]{1,5})/?)?", re.ASCII)
+KNOWN = "swarm, nixl, mooncake, each also as swarm://host:port; a process group is given as Collective(group)"
+_SPEC = re.compile(r"(swarm|nixl|mooncake)(?:://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):([0-9]{1,5})/?)?", re.ASCII)
 
 
 def open_peers(spec: str) -> Carrier:
-    """The carrier that ``spec`` names: ``swarm``.
+    """The carrier that ``spec`` names: ``swarm``, ``nixl`` or ``mooncake``.
 
     The word alone: workers find one another through the publisher, and the publisher through the store. With
     ``://host:port`` they meet at a ``thinwire rendezvous`` that runs there.
@@ -32,6 +32,10 @@ def open_peers(spec: str) -> Carrier:
     if found is None or (found[3] and not 0 < int(found[3]) < 65536):
         raise MisuseError(f"no peers by the name of {spec!r}; known: {KNOWN}")
     rendezvous = f"{found[2]}:{found[3]}" if found[2] else None
-    from thinwire.peers.torrent import Swarm
+    if found[1] == "swarm":
+        from thinwire.peers.torrent import Swarm
 
-    return Swarm(rendezvous=rendezvous)
+        return Swarm(rendezvous=rendezvous)
+    from thinwire.peers.rdma import Rdma
+
+    return Rdma(found[1], rendezvous=rendezvous)

@@ -9,6 +9,8 @@ Everything is bounded: keys, holders of each, bytes of a ticket, time of a reque
 
 from __future__ import annotations
 
+import hashlib
+import hmac
 import ipaddress
 import json
 import random
@@ -17,6 +19,7 @@ import socket
 import threading
 import time
 from collections import OrderedDict
+from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPException
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -24,7 +27,17 @@ from urllib.parse import parse_qsl, quote_from_bytes, unquote_to_bytes
 
 from thinwire.errors import MalformedError, MisuseError, RetryError
 
-__all__ = ["HINT_KEY", "Rendezvous", "Tickets", "addresses_of", "here", "hint_bytes", "parse_hint", "split_address"]
+__all__ = [
+    "HINT_KEY",
+    "Hint",
+    "Rendezvous",
+    "Tickets",
+    "addresses_of",
+    "here",
+    "hint_bytes",
+    "parse_hint",
+    "split_address",
+]
 
 HINT_KEY = "peers/rendezvous.json"
 """Where in a store a publisher says how to reach its rendezvous. A hint: whoever follows a false one finds nobody."""
@@ -71,13 +84,21 @@ def here() -> list[str]:
     return outside or ["127.0.0.1"]
 
 
-def hint_bytes(addresses: list[str]) -> bytes:
+@dataclass(frozen=True, slots=True)
+class Hint:
+    """What a publisher tells in the store: its rendezvous' addresses, and the key that tickets are made with."""
+
+    addresses: list[str]
+    secret: bytes
+
+
+def hint_bytes(addresses: list[str], secret: bytes = b"") -> bytes:
     """Content of the hint."""
-    return json.dumps({"rendezvous": addresses[:_ADDRESSES_MAX]}).encode()
+    return json.dumps({"rendezvous": addresses[:_ADDRESSES_MAX], "secret": secret.hex()}).encode()
 
 
-def parse_hint(data: bytes) -> list[str]:
-    """The addresses in a hint, each checked.
+def parse_hint(data: bytes) -> Hint:
+    """What a hint says, each address checked.
 
     Raises:
         MalformedError: it is none.
@@ -86,14 +107,19 @@ def parse_hint(data: bytes) -> list[str]:
         value = json.loads(data) if len(data) <= HINT_BYTES_MAX else None
     except (ValueError, RecursionError) as error:
         raise MalformedError("the hint to the peers' rendezvous is not JSON") from error
-    found = value.get("rendezvous") if isinstance(value, dict) else None
+    value = value if isinstance(value, dict) else {}
+    found = value.get("rendezvous")
     if not isinstance(found, list) or not 0 < len(found) <= _ADDRESSES_MAX:
         raise MalformedError("the hint to the peers' rendezvous names no addresses")
     if not all(isinstance(address, str) for address in found):
         raise MalformedError("the hint to the peers' rendezvous names no addresses")
     for address in found:
         split_address(address)
-    return found
+    secret = value.get("secret", "")
+    try:
+        return Hint(found, bytes.fromhex(secret)[:64])
+    except (ValueError, TypeError) as error:
+        raise MalformedError("the hint to the peers' rendezvous has a key that is none") from error
 
 
 # --- what is known ---------------------------------------------------------------------------------------------------
@@ -248,8 +274,9 @@ class Rendezvous:
     >>> with Rendezvous("127.0.0.1") as meeting:
     ...     tickets = Tickets(meeting.addresses, holder="me")
     ...     tickets.put("objects/1/delta", {"host": "node-7"})
-    ...     Tickets(meeting.addresses, holder="you").get("objects/1/delta")
-    [{'host': 'node-7'}]
+    ...     (found,) = Tickets(meeting.addresses, holder="you").get("objects/1/delta")
+    >>> found["host"], found["holder"]
+    ('node-7', 'me')
     """
 
     def __init__(self, host: str = "0.0.0.0", port: int = 0) -> None:
@@ -281,28 +308,45 @@ class Rendezvous:
 class Tickets:
     """The tickets at a rendezvous, as ``holder`` sees them. Every call ends within a few seconds.
 
+    Each bears a code (HMAC-SHA-256) under ``secret``; others are not handed out.
+
     Raises:
         RetryError: (any call) no address answers.
     """
 
-    def __init__(self, addresses: list[str], *, holder: str, timeout_s: float = 2.0) -> None:
-        self.addresses, self._holder, self._timeout_s = addresses, holder, timeout_s
+    def __init__(self, addresses: list[str], *, holder: str, secret: bytes = b"", timeout_s: float = 2.0) -> None:
+        self.addresses, self._holder, self._secret, self._timeout_s = addresses, holder, secret, timeout_s
+
+    def _code(self, key: str, ticket: dict[str, Any]) -> str:
+        plain = json.dumps([key, {k: v for k, v in ticket.items() if k != "code"}], sort_keys=True)
+        return hmac.new(self._secret, b"thinwire ticket v1\n" + plain.encode(), hashlib.sha256).hexdigest()
+
+    def _is_sound(self, key: str, ticket: object) -> bool:
+        code = ticket.get("code") if isinstance(ticket, dict) else None
+        return (
+            isinstance(code, str)
+            and isinstance(ticket, dict)
+            and hmac.compare_digest(code.encode(), self._code(key, ticket).encode())
+        )
 
     def put(self, key: str, ticket: dict[str, Any] | None) -> None:
         """Say how ``key`` can be read from this holder; None: not any more."""
+        if ticket is not None:
+            ticket = {**ticket, "holder": self._holder}
+            ticket["code"] = self._code(key, ticket)
         body = json.dumps({"key": key, "holder": self._holder, "ticket": ticket}).encode()
         if len(body) > TICKET_BYTES_MAX:
             raise MisuseError(f"a ticket of {len(body)} bytes; at most {TICKET_BYTES_MAX}")
         self._ask("POST", "/tickets", body)
 
     def get(self, key: str) -> list[dict[str, Any]]:
-        """How others let ``key`` be read, a few of them at random. Not believed: a reader checks every field."""
+        """How others let ``key`` be read, a few of them at random; each has a field ``holder``."""
         query = f"/tickets?key={quote_from_bytes(key.encode())}&but={quote_from_bytes(self._holder.encode())}"
         try:
             found = json.loads(self._ask("GET", query, b""))
         except (ValueError, RecursionError):
             return []
-        return [ticket for ticket in found if isinstance(ticket, dict)] if isinstance(found, list) else []
+        return [ticket for ticket in found if self._is_sound(key, ticket)] if isinstance(found, list) else []
 
     def _ask(self, method: str, path: str, body: bytes) -> bytes:
         failed: Exception | None = None

@@ -130,8 +130,7 @@ class Swarm:
 
     Args:
         rendezvous: ``host:port`` of a ``thinwire rendezvous``. By default the publisher's own, which consumers find by
-        a
-            hint in the store.
+            a hint in the store.
         listen: addresses to take connections on; port 0 is a free one.
         folder: where objects lie while they are given on; by default a new one below the system's temporary folder,
             which goes in the end. A folder in memory (``/dev/shm``) spares a disk.
@@ -225,7 +224,7 @@ class Swarm:
             return addresses
         found = addresses
         try:
-            found = parse_hint(self._origin.get(HINT_KEY, size_max=HINT_BYTES_MAX))
+            found = parse_hint(self._origin.get(HINT_KEY, size_max=HINT_BYTES_MAX)).addresses
         except (RefetchError, MalformedError, RetryError) as error:
             _log.info("no publisher tells where its swarm meets: %s", error)
         self._meeting = time.monotonic(), found
