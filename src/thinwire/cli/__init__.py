@@ -18,10 +18,12 @@ from thinwire.cli.group import Commands
 from thinwire.cli.history import gc, log, verify
 from thinwire.cli.inspecting import inspect
 from thinwire.cli.keys import keygen
+from thinwire.cli.meeting import rendezvous
 from thinwire.cli.options import examples
 from thinwire.cli.patching import apply, diff
 from thinwire.cli.publishing import publish
 from thinwire.cli.reporting import report
+from thinwire.cli.serving import serve
 
 __all__ = ["app", "main"]
 
@@ -111,6 +113,12 @@ _add(
     "thinwire follow /shared/run -o ./model",
     "thinwire follow s3://bucket/run -o ./model --exec ./reload.sh",
     "thinwire follow s3://bucket/run -o ./model --json --timeout 10m",
+    "thinwire follow s3://bucket/run -o ./model --peers swarm",
+)
+_add(
+    serve,
+    "thinwire serve s3://bucket/run --model ./SmolLM2-135M-Instruct",
+    "thinwire serve /shared/run --model ./model --device cuda --port 8080",
 )
 _add(
     log,
@@ -137,6 +145,10 @@ _add(
     gc,
     "thinwire gc s3://bucket/run --dry-run",
     "thinwire gc /shared/run --keep-last 50 --keep 1 --grace 1d",
+)
+_add(
+    rendezvous,
+    "thinwire rendezvous --port 6969",
 )
 _add(
     keygen,

@@ -12,14 +12,14 @@ Names and units follow Prometheus' conventions: base units, counters that end in
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from thinwire.errors import MisuseError
 from thinwire.sync.events import Applied, Event, Fetched, Published, Refused, Retried, Seen
 
-__all__ = ["METRICS", "Metric", "Metrics"]
+__all__ = ["METRICS", "SERVING", "Metric", "Metrics", "ServingMetrics"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,16 @@ METRICS = (
     Metric("thinwire_refusals_total", "counter", ("kind",), "Inputs refused or not to be had, by the error's class."),
     Metric("thinwire_request_failures_total", "counter", ("verb",), "Requests to the store that failed, by verb."),
 )
-"""Every metric there is."""
+"""Every metric of publishers and consumers."""
+
+SERVING = (
+    Metric("thinwire_requests_total", "counter", ("path", "code"), "Requests answered, by path and HTTP status."),
+    Metric("thinwire_request_seconds", "histogram", ("path",), "Time to answer a request, the queue included."),
+    Metric("thinwire_generated_tokens_total", "counter", (), "Tokens generated."),
+    Metric("thinwire_queue_length", "gauge", (), "Requests that wait."),
+    Metric("thinwire_pause_seconds", "histogram", (), "Time for which a change of version held requests up."),
+)
+"""And those of ``thinwire serve``."""
 
 _BUCKETS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
 
@@ -70,18 +79,7 @@ class Metrics:
     def __init__(self, registry: Any = None) -> None:
         prometheus = _prometheus()
         self.registry = prometheus.CollectorRegistry() if registry is None else registry
-        self._of: dict[str, Any] = {}
-        try:
-            for metric in METRICS:
-                how: dict[str, Any] = {"registry": self.registry}
-                if metric.type == "histogram":
-                    how["buckets"] = _BUCKETS
-                make = getattr(prometheus, metric.type.capitalize())
-                self._of[metric.name] = make(metric.name.removesuffix("_total"), metric.help, metric.labels, **how)
-        except ValueError as error:
-            raise MisuseError(
-                f"the registry has thinwire's metrics already; make one Metrics a registry ({error})"
-            ) from error
+        self._of = _made(METRICS, self.registry)
         self._held = self._newest = 0
 
     def __call__(self, event: Event) -> None:
@@ -154,6 +152,59 @@ class Metrics:
             thread.join()
 
         return stop
+
+
+class ServingMetrics:
+    """What a server counts of its requests, in the registry of a :class:`Metrics`.
+
+    Raises:
+        MisuseError: the registry has these metrics already.
+
+    >>> counted = ServingMetrics(Metrics().registry)
+    >>> counted.request("/v1/completions", 200, 0.5)
+    >>> b'thinwire_requests_total{code="200",path="/v1/completions"} 1.0' in counted.text()
+    True
+    """
+
+    def __init__(self, registry: Any) -> None:
+        self.registry = registry
+        self._of = _made(SERVING, registry)
+
+    def request(self, path: str, code: int, seconds: float) -> None:
+        """Count a request. ``path`` must be one of few."""
+        self._of["thinwire_requests_total"].labels(path, str(code)).inc()
+        self._of["thinwire_request_seconds"].labels(path).observe(seconds)
+
+    def generated(self, tokens: int, waiting: int) -> None:
+        """Count tokens, and tell the queue's length."""
+        self._of["thinwire_generated_tokens_total"].inc(tokens)
+        self._of["thinwire_queue_length"].set(waiting)
+
+    def paused(self, seconds: float) -> None:
+        """Count a change of version."""
+        self._of["thinwire_pause_seconds"].observe(seconds)
+
+    def text(self) -> bytes:
+        """The registry in Prometheus' text format."""
+        found: bytes = _prometheus().generate_latest(self.registry)
+        return found
+
+
+def _made(metrics: Sequence[Metric], registry: Any) -> dict[str, Any]:
+    prometheus = _prometheus()
+    found: dict[str, Any] = {}
+    try:
+        for metric in metrics:
+            how: dict[str, Any] = {"registry": registry}
+            if metric.type == "histogram":
+                how["buckets"] = _BUCKETS
+            make = getattr(prometheus, metric.type.capitalize())
+            found[metric.name] = make(metric.name.removesuffix("_total"), metric.help, metric.labels, **how)
+    except ValueError as error:
+        raise MisuseError(
+            f"the registry has thinwire's metrics already; make one Metrics a registry ({error})"
+        ) from error
+    return found
 
 
 def _prometheus() -> Any:
