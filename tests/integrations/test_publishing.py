@@ -183,7 +183,7 @@ def test_trl_publishes_all_weights(algorithm: str, tmp_path: Path) -> None:
 
 def test_trl_publishes_an_adapter_and_a_worker_puts_it_on_its_own_base(tmp_path: Path) -> None:
     pytest.importorskip("trl")
-    from thinwire.integrations.adapters import with_adapter
+    from thinwire.integrations.adapters import adapter_parameters, with_adapter
     from thinwire.integrations.transformers_publishing import PublishCallback
 
     store = fresh()
@@ -197,7 +197,8 @@ def test_trl_publishes_an_adapter_and_a_worker_puts_it_on_its_own_base(tmp_path:
     state = consumer.fetch()
     assert set(state.layouts) == set(saved)
     assert consumer._remote.chain.manifests[3].metadata["thinwire.adapter"] == "alone"
-    served, tensors = with_adapter(llama(), consumer._remote.chain.manifests[3].metadata)
+    served = with_adapter(llama(), consumer._remote.chain.manifests[3].metadata)
+    tensors = adapter_parameters(served)
     consumer.load(tensors)
     for name, tensor in saved.items():
         assert torch.equal(tensors[name], tensor)

@@ -6,7 +6,7 @@ The one file here that imports PEFT; :mod:`thinwire.integrations.lora` reads sav
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from thinwire.errors import MisuseError
 from thinwire.integrations.gathering import gathered, is_sharded, plain_name
 
-__all__ = ["adapter_metadata", "adapter_state", "merged_state", "with_adapter"]
+__all__ = ["adapter_metadata", "adapter_parameters", "adapter_state", "merged_state", "with_adapter"]
 
 _PREFIX = "base_model.model."
 
@@ -100,19 +100,26 @@ def _base_names(model: Any, adapter: str) -> dict[str, torch.Tensor]:
     return found
 
 
-def with_adapter(base: torch.nn.Module, metadata: dict[str, str]) -> tuple[Any, dict[str, torch.Tensor]]:
-    """``base`` with an adapter as published versions' metadata describe it, and the tensors that they set.
+def with_adapter(base: torch.nn.Module, metadata: Mapping[str, str]) -> Any:
+    """``base`` with an adapter as published versions' metadata describe it, its weights yet to be loaded.
 
     Raises:
         MisuseError: the metadata are no adapter's, or describe one that does not fit.
     """
-    from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
+    from peft import PeftConfig, get_peft_model
 
+    family: Any = PeftConfig
+    whole: Any = base
     try:
-        settings = json.loads(metadata["thinwire.peft"])
-        family: Any = PeftConfig
-        whole: Any = base
-        model = get_peft_model(whole, family.from_peft_type(**{**settings, "inference_mode": True}))
+        settings = {**json.loads(metadata["thinwire.peft"]), "inference_mode": True, "base_model_name_or_path": None}
+        return get_peft_model(whole, family.from_peft_type(**settings))
     except (KeyError, ValueError, TypeError) as error:
         raise MisuseError(f"the versions' metadata describe no adapter for this model: {error}") from error
-    return model, dict(get_peft_model_state_dict(model))
+
+
+def adapter_parameters(model: Any) -> dict[str, torch.Tensor]:
+    """The active adapter's parameters themselves, under the names that ``save_pretrained`` writes: to load into."""
+    from peft import get_peft_model_state_dict
+
+    entries = dict(model.state_dict(keep_vars=True))
+    return dict(get_peft_model_state_dict(model, state_dict=entries, adapter_name=_active(model)))
