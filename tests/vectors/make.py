@@ -1,4 +1,4 @@
-"""Write the test vectors of the format as this release writes it. Files of a released version are never rewritten.
+"""Write the test vectors of the format as this release writes it. Files that are there are never rewritten.
 
 python -m tests.vectors.make VERSION
 """
@@ -58,25 +58,31 @@ def cases() -> dict[str, tuple[State, State]]:
     }
 
 
+def keep(path: Path, data: bytes) -> None:
+    if not path.exists():
+        path.write_bytes(data)
+
+
 def main(version: str) -> None:
     folder = HERE / version
-    folder.mkdir(exist_ok=False)
+    folder.mkdir(exist_ok=True)
     for name, (old, new) in cases().items():
-        for level in ("small", "smallest"):
+        for level in ("fast", "small", "smallest"):
             for values in ("ulp", "absolute"):
                 hash_name = "sha256" if name == "edges" else "blake3"
                 snapshot = take_snapshot(StateSource(state_of(old)), hash_name=hash_name)
                 patch = make_patch(snapshot, StateSource(state_of(new)), Options(level, values, 1))
-                (folder / f"{name}-{level}-{values}.safetensors").write_bytes(b"".join(patch.encode()))
-        (folder / f"{name}.json").write_text(json.dumps({"base": described(old), "result": described(new)}) + "\n")
-        (folder / f"{name}.tree.json").write_bytes(snapshot.tree.encode())
+                keep(folder / f"{name}-{level}-{values}.safetensors", b"".join(patch.encode()))
+        states = json.dumps({"base": described(old), "result": described(new)}) + "\n"
+        keep(folder / f"{name}.json", states.encode())
+        keep(folder / f"{name}.tree.json", snapshot.tree.encode())
     ref = ObjectRef("objects/0000000002-00/delta.safetensors", 123, hashlib.sha256(b"x").hexdigest())
     manifest = Manifest(
         version=2, state="11" * 32, hash="blake3", parent=Parent(1, "22" * 32), tree=ref,
         deltas=(DeltaRef(1, "33" * 32, ref),), anchor=(), anchor_version=1, step=-7, facts={"elements": 5},
         metadata={"réward": "½"},
     )  # fmt: skip
-    (folder / "manifest.json").write_bytes(manifest.encode())
+    keep(folder / "manifest.json", manifest.encode())
 
 
 if __name__ == "__main__":

@@ -59,14 +59,17 @@ SEGMENTS = {
 }
 
 
-@given(**SEGMENTS)
+@given(**SEGMENTS, packed=st.booleans())
 def test_gaps_are_lossless_and_equal_the_readable_decoder(
-    dtype: str, size: int, density: float, seed: int, wild: bool, mode: str
+    dtype: str, size: int, density: float, seed: int, wild: bool, mode: str, packed: bool
 ) -> None:
     kind = DTYPES[dtype]
     old, new = random_pair(kind, size, density, seed, wild=wild)
     changes = changes_of(old, new, kind, mode)
-    data = segment.encode_gaps(changes, kind, values=mode, effort=1)
+    if packed:
+        data = segment.encode_packed(changes, kind, values=mode)
+    else:
+        data = segment.encode_gaps(changes, kind, values=mode, effort=1)
     n = changes.positions.size
     found = segment.decode_segment(memoryview(data), kind, cells=size, changed=n, values=mode, base=[])
     assert isinstance(found, segment.Changes)
@@ -175,7 +178,7 @@ def test_a_cold_change_on_a_hot_cell_is_refused() -> None:
 
 @given(
     seed=st.integers(0, 2**32 - 1),
-    codec=st.sampled_from(["gaps", "context"]),
+    codec=st.sampled_from(["gaps", "packed", "context"]),
     where=st.integers(0, 10**9),
     flip=st.integers(0, 255),
     cut=st.integers(0, 50),
@@ -183,9 +186,11 @@ def test_a_cold_change_on_a_hot_cell_is_refused() -> None:
 def test_damaged_segments_are_refused_or_stay_inside(seed: int, codec: str, where: int, flip: int, cut: int) -> None:
     kind = DTYPES["BF16"]
     old, new = random_pair(kind, 2000, 0.1, seed, wild=False)
-    if codec == "gaps":
+    if codec != "context":
         changes = changes_of(old, new, kind, "ulp")
-        data, n = segment.encode_gaps(changes, kind, values="ulp", effort=1), changes.positions.size
+        data, n = segment.encode_packed(changes, kind, values="ulp"), changes.positions.size
+        if codec == "gaps":
+            data = segment.encode_gaps(changes, kind, values="ulp", effort=1)
     else:
         data, n = encode_in_context(old, new, kind, (60, 118), "ulp", [])
     broken = bytearray(data[: len(data) - cut])

@@ -20,11 +20,11 @@ import numpy.typing as npt
 
 from thinwire.errors import MalformedError, MisuseError, WrongBaseError
 from thinwire.sync.apply import apply_patch
-from thinwire.sync.encode import LEVELS, SEGMENT_CHANGES, Options, make_patch, take_snapshot, thread_count
+from thinwire.sync.encode import SEGMENT_CHANGES, Options, encode_changes, make_patch, take_snapshot, thread_count
 from thinwire.sync.layout import Block, CellSource, Layout, MemorySource, Stripe, stripes
 from thinwire.tensors.composing import merge_changes
 from thinwire.wire.patch import Patch, Row, SegmentRow
-from thinwire.wire.segment import Changes, decode_segment, encode_gaps, encode_raw
+from thinwire.wire.segment import Changes, decode_segment, encode_raw
 from thinwire.wire.spec import CODEC_CONTEXT, DType, dtype_of
 from thinwire.wire.values import apply_steps
 
@@ -295,10 +295,9 @@ def _removed(patches: Sequence[Patch], names: Mapping[str, object]) -> tuple[str
 def _encoded(held: Mapping[str, _Tensor], patches: Sequence[Patch], options: Options) -> Patch:
     values, level = patches[0].values, "fast" if options.level == "fast" else "small"
     held = dict(sorted(held.items()))
-    effort = LEVELS[level][1]
     sparse = [(name, item.layout) for name, item in held.items() if item.kind == "sparse"]
     with ThreadPoolExecutor(thread_count(options.threads)) as pool:
-        parts = pool.map(lambda stripe: _stripe_segments(stripe, held, values, effort), stripes(sparse))
+        parts = pool.map(lambda stripe: _stripe_segments(stripe, held, values, level), stripes(sparse))
         segments = [segment for part in parts for segment in part]
     rows, raw = [], {}
     for name, item in held.items():
@@ -327,8 +326,8 @@ class _SegmentWriter:
     """Makes a stripe's segments, cut where :func:`~thinwire.sync.encode.make_patch` cuts them, and where tensors that
     are known whole begin and end."""
 
-    def __init__(self, dtype: DType, values: str, effort: int) -> None:
-        self.dtype, self.values, self.effort = dtype, values, effort
+    def __init__(self, dtype: DType, values: str, level: str) -> None:
+        self.dtype, self.values, self.level = dtype, values, level
         self.found: list[tuple[SegmentRow, bytes]] = []
         self._begin()
 
@@ -363,15 +362,15 @@ class _SegmentWriter:
             data = encode_raw(self.parts)
         elif self.changed:
             changes = Changes(np.concatenate(self.positions), np.concatenate(self.parts))
-            data = encode_gaps(changes, self.dtype, values=self.values, effort=self.effort)
+            data = encode_changes(changes, self.dtype, level=self.level, values=self.values)
         self.found.append((SegmentRow(self.dtype.name, self.cells, self.changed, len(data)), data))
         self._begin()
 
 
 def _stripe_segments(
-    stripe: Stripe, held: Mapping[str, _Tensor], values: str, effort: int
+    stripe: Stripe, held: Mapping[str, _Tensor], values: str, level: str
 ) -> list[tuple[SegmentRow, bytes]]:
-    writer = _SegmentWriter(stripe.dtype, values, effort)
+    writer = _SegmentWriter(stripe.dtype, values, level)
     for block in stripe.blocks:
         writer.add(block, held[block.name])
     writer.close()

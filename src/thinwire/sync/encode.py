@@ -19,10 +19,10 @@ from thinwire.wire import rans
 from thinwire.wire.context import ContextWriter, Histogram, choose_bounds
 from thinwire.wire.digests import TensorInfo, Tree, tensor_digest
 from thinwire.wire.patch import Patch, Row, SegmentRow
-from thinwire.wire.segment import Changes, encode_context, encode_gaps, encode_raw
+from thinwire.wire.segment import Changes, encode_context, encode_gaps, encode_packed, encode_raw
 from thinwire.wire.spec import VALUES, DType
 
-__all__ = ["LEVELS", "Options", "Progress", "Snapshot", "make_patch", "take_snapshot", "thread_count"]
+__all__ = ["LEVELS", "Options", "Progress", "Snapshot", "encode_changes", "make_patch", "take_snapshot", "thread_count"]
 
 Cells = npt.NDArray[np.unsignedinteger]
 Progress = Callable[[int, int], None]
@@ -30,7 +30,7 @@ Progress = Callable[[int, int], None]
 
 SEGMENT_CHANGES = 1 << 20  # a segment is closed when it has this many changes, so that memory stays bounded
 LEVELS = {
-    "fast": ("gaps", rans.EFFORT_FAST),
+    "fast": ("packed", rans.EFFORT_FAST),
     "small": ("gaps", rans.EFFORT_SMALL),
     "smallest": ("context", rans.EFFORT_SMALL),
 }
@@ -50,6 +50,14 @@ class Options:
             raise MisuseError(f"level must be one of {', '.join(LEVELS)}, not {self.level!r}")
         if self.values not in VALUES:
             raise MisuseError(f"values must be one of {', '.join(VALUES)}, not {self.values!r}")
+
+
+def encode_changes(changes: Changes, dtype: DType, *, level: str, values: str) -> bytes:
+    """A segment's changes without the base's context, packed or entropy-coded as ``level`` says."""
+    codec, effort = LEVELS[level]
+    if codec == "packed":
+        return encode_packed(changes, dtype, values=values)
+    return encode_gaps(changes, dtype, values=values, effort=effort)
 
 
 def thread_count(threads: int) -> int:
@@ -132,9 +140,8 @@ class _StripeEncoder:
     def __init__(self, stripe: Stripe, snapshot: Snapshot, source: CellSource, options: Options) -> None:
         self.dtype: DType = stripe.dtype
         self.stripe, self.snapshot, self.source, self.options = stripe, snapshot, source, options
-        codec, self.effort = LEVELS[options.level]
         self.bounds: tuple[int, ...] = ()
-        if codec == "context" and self.dtype.is_float:
+        if LEVELS[options.level][0] == "context" and self.dtype.is_float:
             self.bounds = self._choose()
         self.result = _StripeResult([], {}, [])
 
@@ -192,13 +199,13 @@ class _StripeEncoder:
         changed = changes.positions.size
         data = b""
         if changed:
-            values, effort = self.options.values, self.effort
+            values, level = self.options.values, self.options.level
             if context is None:
-                data = encode_gaps(changes, self.dtype, values=values, effort=effort)
+                data = encode_changes(changes, self.dtype, level=level, values=values)
             else:
                 classes, gaps = context
                 data = encode_context(
-                    changes.codes, classes, gaps, self.bounds, self.dtype, values=values, effort=effort
+                    changes.codes, classes, gaps, self.bounds, self.dtype, values=values, effort=LEVELS[level][1]
                 )
             if len(data) > cells * self.dtype.cell_bytes:
                 data = encode_raw([self.snapshot.read(b.name, b.start, b.stop) for b in blocks])

@@ -1,20 +1,23 @@
 """The level that brings a version over soonest: ``level="auto"``.
 
-What costs time is making a patch and sending it. ``smallest`` takes longer to make than ``small`` and has fewer bytes:
-it pays on slow links alone, and how slow depends on the model, the optimiser and the machine. So both are measured, on
-the patches themselves: bytes and seconds of each level, and the rate at which objects went up. A reader decodes about
-as fast as a publisher encodes, and reads what was written, so twice the publisher's own time stands for both.
+What costs time is making a patch and sending it: ``smallest`` takes longest to make and has the fewest bytes, ``fast``
+is the other end. From which link on which pays depends on the model, the optimiser and the machine, so all three are
+measured, on the patches themselves: bytes and seconds of each, and the rate at which objects went up. A reader decodes
+about as fast as a publisher encodes, and reads what was written, so twice the publisher's time stands for both.
 
 >>> chooser = LevelChooser()
->>> for level, seconds, size in (("small", 1.0, 4_000_000), ("smallest", 1.5, 2_000_000)) * 2:
+>>> for level, seconds, size in (("small", 1.0, 4_000_000), ("smallest", 1.5, 2_000_000), ("fast", 0.9, 8_000_000)) * 2:
 ...     assert chooser.choose() == level
 ...     chooser.encoded(level, state_bytes=10**9, changed=10**6, patch_bytes=size, seconds=seconds)
 >>> chooser.sent(10_000_000, 10.0)  # at 1 MB/s, 2 MB less are worth more than half a second
 >>> chooser.choose()
 'smallest'
->>> chooser.sent(10_000_000, 0.1)
+>>> chooser.sent(10_000_000, 0.5)
 >>> chooser.choose()
 'small'
+>>> chooser.sent(10_000_000, 0.01)
+>>> chooser.choose()
+'fast'
 """
 
 from __future__ import annotations
@@ -27,10 +30,10 @@ from thinwire.errors import MisuseError
 __all__ = ["AUTO", "CANDIDATES", "LevelChooser"]
 
 AUTO = "auto"
-CANDIDATES = ("small", "smallest")
-"""``fast`` makes patches of the same size as ``small`` and is not measurably faster: see ``docs/levels.md``."""
+CANDIDATES = ("small", "smallest", "fast")
+"""In the order in which they are tried; the first is used while nothing is known."""
 _TRIALS = 2  # of each level, before any is preferred; the first compiles kernels
-_AGAIN = 32  # patches after which the other level is tried once more
+_AGAIN = 32  # patches after which another level is tried once more, the one that was tried least
 _KEEP = 8
 _LARGE = 1 << 16  # smaller uploads tell of latency, not of the link
 
@@ -94,4 +97,6 @@ class LevelChooser:
         if self._used[least] < _TRIALS:
             return least
         best = self._best()
-        return next(level for level in CANDIDATES if level != best) if self._since >= _AGAIN else best
+        if self._since < _AGAIN:
+            return best
+        return min((level for level in CANDIDATES if level != best), key=lambda level: self._used[level])

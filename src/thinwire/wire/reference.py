@@ -127,6 +127,20 @@ class _Parts:
         self.at += length
         return decode_stream(self.data[self.at - length : self.at], count)
 
+    def number(self, width: int) -> int:
+        self.at += width
+        return int.from_bytes(self.data[self.at - width : self.at], "little")
+
+    def packed(self, count: int, item: int) -> list[int]:
+        self.varint()  # the length, which the rest says as well
+        width = self.number(1)
+        exceptions = self.varint()
+        values = [self.number(width) for _ in range(count)]
+        indices = [self.number(4) for _ in range(exceptions)]
+        for index in indices:
+            values[index] = self.number(item)
+        return values
+
 
 def decode_segment(data: bytes, changed: int, base: list[int], cell_bits: int, mantissa_bits: int) -> DecodedSegment:
     """A segment over the old cells ``base``; ``mantissa_bits`` is that of its float type (context only)."""
@@ -135,6 +149,8 @@ def decode_segment(data: bytes, changed: int, base: list[int], cell_bits: int, m
     parts = _Parts(data)
     if data[0] == 1:
         return DecodedSegment(_places(parts.stream(changed)), parts.stream(changed))
+    if data[0] == 3:
+        return DecodedSegment(_places(parts.packed(changed, 4)), parts.packed(changed, cell_bits // 8))
     bounds = [parts.varint() for _ in range(parts.varint())]
     counts = [parts.varint() for _ in range(len(bounds) + 1)]
     streams = [(parts.stream(n), parts.stream(n)) for n in counts]

@@ -13,14 +13,14 @@ import numpy as np
 import numpy.typing as npt
 
 from thinwire.errors import MalformedError, UnsupportedError
-from thinwire.wire import rans
+from thinwire.wire import packed, rans
 from thinwire.wire.context import COLD, ContextReader
 from thinwire.wire.cursor import Cursor, put_varint
 from thinwire.wire.positions import gaps_of, positions_of
-from thinwire.wire.spec import CLASSES_MAX, CODEC_CONTEXT, CODEC_GAPS, CODEC_RAW, DType
+from thinwire.wire.spec import CLASSES_MAX, CODEC_CONTEXT, CODEC_GAPS, CODEC_PACKED, CODEC_RAW, DType
 from thinwire.wire.values import rotate_left, rotate_right
 
-__all__ = ["Changes", "decode_segment", "encode_context", "encode_gaps", "encode_raw"]
+__all__ = ["Changes", "decode_segment", "encode_context", "encode_gaps", "encode_packed", "encode_raw"]
 
 Cells = npt.NDArray[np.unsignedinteger]
 
@@ -39,6 +39,11 @@ class Changes:
 def _stream(cursor: Cursor, count: int, dtype: npt.DTypeLike) -> npt.NDArray[np.unsignedinteger]:
     length = cursor.varint(rans.encoded_size_max(count, np.dtype(dtype).itemsize))
     return rans.decode(cursor.take(length), count, dtype)
+
+
+def _packed(cursor: Cursor, count: int, dtype: npt.DTypeLike) -> npt.NDArray[np.unsignedinteger]:
+    length = cursor.varint(packed.encoded_size_max(count, np.dtype(dtype).itemsize))
+    return packed.decode(cursor.take(length), count, dtype)
 
 
 def _put_stream(out: bytearray, values: npt.NDArray[np.unsignedinteger], effort: int) -> None:
@@ -61,6 +66,16 @@ def encode_gaps(changes: Changes, dtype: DType, *, values: str, effort: int) -> 
     out = bytearray([CODEC_GAPS])
     _put_stream(out, gaps_of(changes.positions, 0), effort)
     _put_stream(out, _stored(changes.codes, dtype, values), effort)
+    return bytes(out)
+
+
+def encode_packed(changes: Changes, dtype: DType, *, values: str) -> bytes:
+    """Plain gaps and codes in whole bytes, without entropy coding; readable without the base."""
+    out = bytearray([CODEC_PACKED])
+    for stream in (gaps_of(changes.positions, 0), _stored(changes.codes, dtype, values)):
+        data = packed.encode(stream)
+        put_varint(out, len(data))
+        out += data
     return bytes(out)
 
 
@@ -132,6 +147,9 @@ def decode_segment(
         gaps = _stream(cursor, changed, np.uint32)
         positions = positions_of(gaps, 0, cells)
         changes = Changes(positions, _stream(cursor, changed, dtype.cells))
+    elif codec == CODEC_PACKED:
+        positions = positions_of(_packed(cursor, changed, np.uint32), 0, cells)
+        changes = Changes(positions, _packed(cursor, changed, dtype.cells))
     elif codec == CODEC_CONTEXT:
         changes = _decode_context(cursor, cells, changed, dtype, base)
     else:

@@ -12,6 +12,7 @@ from thinwire.errors import MalformedError, UnsupportedError
 __all__ = [
     "CODEC_CONTEXT",
     "CODEC_GAPS",
+    "CODEC_PACKED",
     "CODEC_RAW",
     "DTYPES",
     "FORMAT_PATCH",
@@ -44,7 +45,8 @@ DIGEST_BYTES = 32
 CODEC_RAW = 0
 CODEC_GAPS = 1
 CODEC_CONTEXT = 2
-CODEC_NAMES = {CODEC_RAW: "raw", CODEC_GAPS: "gaps", CODEC_CONTEXT: "context"}
+CODEC_PACKED = 3
+CODEC_NAMES = {CODEC_RAW: "raw", CODEC_GAPS: "gaps", CODEC_CONTEXT: "context", CODEC_PACKED: "packed"}
 
 VALUES = ("ulp", "absolute")
 HASHES = ("blake3", "sha256")
