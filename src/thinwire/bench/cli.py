@@ -17,7 +17,9 @@ from thinwire.bench.convergence_cli import convergence
 from thinwire.bench.federated_cli import federated, inversion
 from thinwire.bench.federated_wire_cli import federated_wire
 from thinwire.bench.instruments_cli import instruments
+from thinwire.bench.link_cli import link
 from thinwire.bench.merge_cli import merge
+from thinwire.bench.momentum_cli import momentum
 from thinwire.bench.predictive_cli import predictive
 from thinwire.bench.roofline_cli import roofline
 from thinwire.bench.selection_cli import selection
@@ -40,7 +42,9 @@ app.command()(convergence)
 app.command()(federated)
 app.command()(instruments)
 app.command()(inversion)
+app.command()(link)
 app.command()(merge)
+app.command()(momentum)
 app.command()(predictive)
 app.command()(roofline)
 app.command()(selection)
