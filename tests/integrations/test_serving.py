@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import thinwire
-from tests.integrations.test_tracking import llama
+from tests.integrations.tiny_model import WORDS, greedy, model_of, save_folder
 from thinwire.errors import MisuseError, StoreUnavailableError
 from thinwire.integrations.generation import BusyError, Generator, Request, load_served
 from thinwire.stores.memory import MemoryStore
@@ -29,49 +29,10 @@ from thinwire.integrations.serving import Server
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-WORDS = ["<pad>", "<eos>", *(f"w{k}" for k in range(18))]
-TEMPLATE = (
-    "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}w2 {{ m.content }} "
-    "{% endfor %}w3"
-)
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    where = tmp_path_factory.mktemp("model")
-    raw = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<pad>"))
-    raw.pre_tokenizer = pre_tokenizers.Whitespace()
-    raw.decoder = decoders.WordPiece(prefix="##")
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", eos_token="<eos>")
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(where)
-    llama().config.save_pretrained(where)
-    return where
-
-
-def model_of(seed: int) -> Any:
-    """A model whose answers depend on the seed, and are longer than a token."""
-    model = llama()
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.3)
-        model.get_input_embeddings().weight[:2] = 0  # rarely ends
-    return model.eval()
-
-
-def greedy(model: Any, prompt: list[int], tokens_max: int) -> list[int]:
-    """The oracle: no cache, no library, one token after the other."""
-    tokens = list(prompt)
-    with torch.no_grad():
-        for _ in range(tokens_max):
-            tokens.append(int(model(torch.tensor([tokens]), use_cache=False).logits[0, -1].argmax()))
-            if tokens[-1] == 1:
-                return tokens[len(prompt) : -1]
-    return tokens[len(prompt) :]
+    return save_folder(tmp_path_factory.mktemp("model"))
 
 
 class Scene:
