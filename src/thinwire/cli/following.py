@@ -6,7 +6,7 @@ import os
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,6 +17,7 @@ from thinwire.cli.options import (
     CacheOption,
     Json,
     MaxAge,
+    PeersOption,
     StoreArgument,
     Threads,
     TrustOption,
@@ -68,6 +69,7 @@ def _mirror(
     observer: Observer | None = None,
     cache: Path | None = None,
     poll_s: float = 0.5,
+    peers: str | None = None,
 ) -> Iterator[Mirror]:
     """The folder, locked. ``forward`` refuses versions older than what it holds; ``wait``: the store may come later.
 
@@ -75,22 +77,25 @@ def _mirror(
     """
     from thinwire.cli.mirror import MEMORY_NAME, Mirror
     from thinwire.sync.events import observed
+    from thinwire.sync.peering import leave
     from thinwire.sync.remote import Remote
     from thinwire.sync.trust import Memory
 
-    store = (opened_store if wait else existing_store)(url, cache=cache, poll_s=poll_s)
-    with output.bars() as bars:
+    store = (opened_store if wait else existing_store)(url, cache=cache, poll_s=poll_s, peers=peers)
+    with ExitStack() as stack:
+        stack.callback(leave, store)
+        bars = stack.enter_context(output.bars())
         mirror = Mirror(
             out, Remote(observed(watched(store, bars), observer), retry_s=RETRY_S),
             threads=threads, stages=bars, warn=output.warn,
         )  # fmt: skip
-        with mirror.locked():
-            if trust is not None:
-                memory = Memory.open(out / MEMORY_NAME)
-                mirror.remote = Remote(mirror.remote.store, retry_s=RETRY_S, trust=trust, memory=memory)
-            if forward:
-                mirror.remote.chain.floor = max(mirror.remote.chain.floor, mirror.version())
-            yield mirror
+        stack.enter_context(mirror.locked())
+        if trust is not None:
+            memory = Memory.open(out / MEMORY_NAME)
+            mirror.remote = Remote(mirror.remote.store, retry_s=RETRY_S, trust=trust, memory=memory)
+        if forward:
+            mirror.remote.chain.floor = max(mirror.remote.chain.floor, mirror.version())
+        yield mirror
 
 
 def pull(
@@ -146,6 +151,7 @@ def follow(
     trust: TrustOption = None,
     max_age: MaxAge = None,
     cache: CacheOption = None,
+    peers: PeersOption = None,
     log_format: LogFormatOption = LogFormat.text,
     metrics_port: MetricsPort = None,
     metrics_address: MetricsAddress = "127.0.0.1",
@@ -173,6 +179,7 @@ def follow(
             observer=observer,
             cache=cache,
             poll_s=poll,
+            peers=peers,
         ) as mirror,
     ):
         deadline = _Deadline(timeout)

@@ -14,11 +14,12 @@ import typer
 from thinwire.errors import MisuseError
 
 if TYPE_CHECKING:
+    from thinwire.peers import Carrier
     from thinwire.stores.protocol import Store
     from thinwire.sync.trust import Trust
 
 __all__ = [
-    "CacheOption", "Dtype", "Hash", "HashOption", "Json", "KeyOption", "Level", "LevelOption", "MaxAge",
+    "CacheOption", "Dtype", "Hash", "HashOption", "Json", "KeyOption", "Level", "LevelOption", "MaxAge", "PeersOption",
     "StoreArgument", "Threads", "TrustOption", "Values", "ValuesOption", "examples", "existing_store", "opened_store",
     "seconds_of", "trust_of",
 ]  # fmt: skip
@@ -111,6 +112,14 @@ CacheOption = Annotated[
     ),
 ]  # fmt: skip
 
+PeersOption = Annotated[
+    str | None,
+    typer.Option(
+        "--peers", envvar="THINWIRE_PEERS", metavar="PEERS",
+        help="Other workers first, then the store: swarm, nixl or mooncake, or swarm://HOST:PORT of a rendezvous.",
+    ),
+]  # fmt: skip
+
 
 def trust_of(paths: Sequence[Path] | None, max_age_s: float | None = None) -> Trust | None:
     """What --trust names, or None without it.
@@ -132,7 +141,9 @@ def examples(*lines: str) -> str:
     return "\n\n".join(["[bold]Examples[/]", *(f"  [cyan]{line}[/]" for line in lines)])
 
 
-def existing_store(url: str, *, cache: Path | None = None, poll_s: float = 0.5) -> Store:
+def existing_store(
+    url: str, *, cache: Path | None = None, poll_s: float = 0.5, peers: str | Carrier | None = None
+) -> Store:
     """The store at ``url`` for reading, see :func:`opened_store`.
 
     Raises:
@@ -140,13 +151,20 @@ def existing_store(url: str, *, cache: Path | None = None, poll_s: float = 0.5) 
     """
     if "://" not in url and not Path(url).is_dir():
         raise MisuseError(f"there is no store {url}: no such folder", store=url)
-    return opened_store(url, cache=cache, poll_s=poll_s)
+    return opened_store(url, cache=cache, poll_s=poll_s, peers=peers)
 
 
-def opened_store(url: str, *, cache: Path | None = None, poll_s: float = 0.5) -> Store:
+def opened_store(
+    url: str,
+    *,
+    cache: Path | None = None,
+    poll_s: float = 0.5,
+    peers: str | Carrier | None = None,
+    publishing: bool = False,
+) -> Store:
     """The store at ``url``; its objects are encrypted if THINWIRE_OBJECT_KEY names key files (separated by ``:``), of
-    which the first one writes. Behind ``cache``, a folder shared by workers that look every ``poll_s``; what lies in it
-    is encrypted, too.
+    which the first one writes. Behind ``cache``, a folder shared by workers that look every ``poll_s``, and ``peers``;
+    what lies in the one and travels between the others is encrypted, too.
 
     Raises:
         MisuseError: nothing here knows such a store, or a key file cannot be used.
@@ -154,7 +172,12 @@ def opened_store(url: str, *, cache: Path | None = None, poll_s: float = 0.5) ->
     from thinwire.stores import open_store
     from thinwire.stores.cached import cached
 
-    store, names = cached(open_store(url), cache, poll_s=poll_s), os.environ.get("THINWIRE_OBJECT_KEY", "")
+    store, names = open_store(url), os.environ.get("THINWIRE_OBJECT_KEY", "")
+    if peers is not None:
+        from thinwire.sync.peering import peered
+
+        store = peered(store, peers, publishing=publishing)
+    store = cached(store, cache, poll_s=poll_s)
     if not names:
         return store
     from thinwire.stores.encrypted import EncryptedStore, read_object_keys

@@ -16,6 +16,7 @@ from thinwire.cli.options import (
     KeyOption,
     Level,
     LevelOption,
+    PeersOption,
     StoreArgument,
     Threads,
     TrustOption,
@@ -25,6 +26,7 @@ from thinwire.cli.options import (
     trust_of,
 )
 from thinwire.cli.output import Output, bytes_text, share_text, watched
+from thinwire.errors import MisuseError
 
 __all__ = ["publish"]
 
@@ -37,6 +39,20 @@ def _metadata(items: list[str]) -> dict[str, str]:
             raise typer.BadParameter(f"{item!r} is not KEY=VALUE", param_hint="--meta")
         found[key] = value
     return found
+
+
+def _described(peers: str | None) -> str | None:
+    """``peers``, for a publisher that will be gone in a moment: it describes what it wrote, and others seed it.
+
+    Raises:
+        MisuseError: they would have to find one another through it.
+    """
+    if peers is not None and not peers.startswith("swarm://"):
+        raise MisuseError(
+            f"--peers {peers} needs a publisher that stays. Start a `thinwire rendezvous` and name it here and at the "
+            "followers: --peers swarm://HOST:PORT"
+        )
+    return peers
 
 
 def publish(
@@ -65,6 +81,7 @@ def publish(
         str | None,
         typer.Option(metavar="DIGEST", help="Go on from the newest version, unsigned as it is, with this manifest."),
     ] = None,
+    peers: PeersOption = None,
     threads: Threads = 0,
     as_json: Json = False,
 ) -> None:
@@ -79,10 +96,10 @@ def publish(
     from thinwire.sync.publisher import Publisher
     from thinwire.tensors.bits import torch_dtype
 
-    opened = open_checkpoint(checkpoint)
+    opened, tensors = opened_store(store, peers=_described(peers), publishing=True), open_checkpoint(checkpoint)
     with output.bars() as bars:
         publisher = Publisher(
-            watched(opened_store(store), bars),
+            watched(opened, bars),
             dtype=None if dtype is None else torch_dtype(dtype.value.upper()),
             level=level.value,
             values=values.value,
@@ -96,7 +113,7 @@ def publish(
             adopt=adopt,
         )
         report = publisher.publish(
-            tensors_of(opened.map()), step=step, metadata=metadata, progress=stage_of(bars, "encode")
+            tensors_of(tensors.map()), step=step, metadata=metadata, progress=stage_of(bars, "encode")
         )
     output.document(asdict(report))
     output.say(

@@ -22,6 +22,7 @@ from typing import Protocol
 
 from thinwire.chain.retention import retain
 from thinwire.errors import MalformedError, MisuseError, ObjectNotFoundError, RefetchError
+from thinwire.peers.metainfo import DESCRIPTION_SUFFIX
 from thinwire.stores.protocol import Delete, Get, List, ObjectInfo, Put
 from thinwire.sync.remote import Remote
 from thinwire.sync.retrying import retrying
@@ -160,7 +161,7 @@ def collect(
         raise MisuseError(f"there is no version {never[0]} to keep", versions=never)
     before = read_collected(store, retry_s=retry_s)
     gone = {v for v in retained.versions if before is not None and before.gave_up(v)}
-    useless = [info for info in listing if info.key not in retained.objects]
+    useless = [i for i in listing if i.key.removesuffix(DESCRIPTION_SUFFIX) not in retained.objects]
     doomed = [i for i in useless if i.modified_s <= now_s - grace_s and _version_of(i.key) in manifests]
     kept = [info for info in listing if info.key in retained.objects]
     shortcuts = retrying(lambda: list(store.list(SKIPS_PREFIX)), limit_s=retry_s)

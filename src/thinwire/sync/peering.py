@@ -298,7 +298,8 @@ def peered(store: _S, peers: str | Carrier | None, *, publishing: bool = False) 
 
 
 def leave(store: object) -> None:
-    """Leave the peers of a store that :func:`peered` gave."""
-    inner = store.inner if isinstance(store, EncryptedStore) else store
-    if isinstance(inner, PeerStore):
-        inner.leave()
+    """Leave the peers of a store, whatever is wrapped around them."""
+    while store is not None:
+        if isinstance(store, PeerStore):
+            store.leave()
+        store = getattr(store, "inner", None)
