@@ -39,7 +39,7 @@ import numpy.typing as npt
 import torch
 
 from thinwire.chain.plan import Hop
-from thinwire.errors import DamagedObjectError, MisuseError
+from thinwire.errors import DamagedObjectError, MisuseError, NoPathError
 from thinwire.integrations.runtime_map import IndexMap, Load, Write, probe
 from thinwire.sync.consumer import ApplyResult, Consumer, Version
 from thinwire.sync.encode import Progress
@@ -107,8 +107,12 @@ class _Mirror(Consumer):
 
     def bring_to(self, version: int | None) -> ApplyResult | None:
         """Go to ``version``, or to the newest; None if that is held already."""
-        found = self.poll() if version is None else self._named(version)
-        return None if found is None else found.apply(self._entries())
+        try:
+            found = self.poll() if version is None else self._named(version)
+            return None if found is None else found.apply(self._entries())
+        except NoPathError:
+            self._avoid.clear()  # what is damaged or missing now may be mended when it is asked for again
+            raise
 
     def _named(self, version: int) -> Version | None:
         if version <= (self.version or 0):
