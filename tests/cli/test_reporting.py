@@ -17,6 +17,8 @@ from hypothesis import strategies as st
 
 from tests.cli.tools import thinwire
 from tests.sync.checkpoints import State, nudged, state
+from tests.trust.scenes import forge, pinned
+from tests.trust.scenes import publish as publish_signed
 from thinwire import Publisher
 from thinwire.cli.report.facts import ChainFacts, VersionFacts, read_facts
 from thinwire.cli.report.figures import figures_of
@@ -208,6 +210,27 @@ def test_what_is_broken_is_shown_and_the_rest_as_it_was(broken: Path) -> None:
     assert all(
         re.search(rf"{word}", page) for word in ("no manifest", "unreadable", "contradicts", "missing", "damaged")
     )
+
+
+def test_versions_that_the_given_keys_have_not_signed_are_untrusted() -> None:
+    store = MemoryStore()
+    publish_signed(store, 3)
+    forge(store, 3, keys=(1,), metadata={"who": "somebody else"})
+    assert {v.status for v in read_facts(store).versions} == {"ok"}
+    facts = read_facts(store, trust=pinned(0))
+    assert [v.status for v in facts.versions] == ["ok", "ok", "untrusted"]
+    assert [p.where for p in facts.problems] == ["manifests/0000000003.json"]
+    assert "untrusted" in page_of(facts)
+    assert {v.status for v in read_facts(store, trust=pinned(2)).versions} == {"untrusted"}
+
+
+def test_the_command_takes_keys(tmp_path: Path) -> None:
+    thinwire("keygen", "mine.key")
+    thinwire("keygen", "other.key")
+    publish(tmp_path / "s", states(2), key="mine.key")
+    for name, status in (("mine", "ok"), ("other", "untrusted")):
+        result = thinwire("report", tmp_path / "s", "--trust", f"{name}.key.pub", "--json")
+        assert {v["status"] for v in result.json["versions"]} == {status}
 
 
 def test_versions_given_up_by_gc_are_no_problem(broken: Path) -> None:

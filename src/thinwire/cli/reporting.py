@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from thinwire.cli.options import Json, StoreArgument, existing_store
+from thinwire.cli.options import Json, StoreArgument, TrustOption, existing_store, trust_of
 from thinwire.cli.output import Output, bytes_text, count_text, watched
 
 __all__ = ["report"]
@@ -24,19 +24,21 @@ def report(
     last: Annotated[
         int | None, typer.Option("--last", "-n", min=1, help="Show the last N versions; all by default.")
     ] = None,
+    trust: TrustOption = None,
     as_json: Json = False,
 ) -> None:
     """Draw a chain: bytes, density by layer, lineage, times, health, in one HTML file.
 
-    Reads manifests, a listing and the tables of the patches, no streams. What is missing or damaged is shown as such;
-    whether objects have their digests is checked by thinwire verify.
+    Reads manifests, a listing and the tables of the patches, no streams. What is missing or damaged is shown as such,
+    and with --trust what was not signed by those keys; whether objects have their digests is checked by thinwire
+    verify.
     """
     output = Output(ctx, as_json=as_json)
     from thinwire.cli.report.facts import read_facts
 
     opened = existing_store(store)
     with output.bars() as bars:
-        facts = read_facts(watched(opened, bars), last=last)
+        facts = read_facts(watched(opened, bars), last=last, trust=trust_of(trust))
     path = out if out is not None or as_json else Path("report.html")
     if path is not None:
         from thinwire.cli.report.page import write_page

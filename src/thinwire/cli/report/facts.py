@@ -10,11 +10,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 from thinwire.cli.health import Problem, check_chain, read_chain
+from thinwire.cli.health_signed import check_signed
 from thinwire.cli.report.tables import Table, read_table
 from thinwire.errors import DamagedObjectError, MalformedError, MisuseError, ObjectNotFoundError, ThinwireError
 from thinwire.stores.protocol import Store
 from thinwire.sync.collector import expected_objects
 from thinwire.sync.retrying import retrying
+from thinwire.sync.trust import Trust
 from thinwire.wire.manifest import Manifest, ObjectRef, manifest_key, version_of_key
 from thinwire.wire.signing import parse_signatures
 from thinwire.wire.skip import SKIP_BYTES_MAX, SKIPS_PREFIX, Skip, skip_key, skip_of_key
@@ -32,9 +34,10 @@ class VersionFacts:
 
     ``status`` is ``ok``; ``given up`` (by gc, on purpose); ``no manifest`` (the number is missing between others);
     ``unreadable`` (its manifest); ``missing`` or ``damaged`` (an object that it needs); ``contradicts`` (its manifest,
-    another's). Sizes are in bytes; ``density`` is the share of cells that changed, None if the publisher did not say;
-    ``interval_s`` the time since the version before was made, by the publishers' clocks. ``signatures`` is how many
-    there are, unchecked; -1 if they are malformed. ``tensors`` is (changed, cells) by name, from the patch's table.
+    another's); ``untrusted`` (by the keys that were given). Sizes are in bytes; ``density`` is the share of cells that
+    changed, None if the publisher did not say; ``interval_s`` the time since the version before was made, by the
+    publishers' clocks. ``signatures`` is how many
+    there are; -1 if they are malformed. ``tensors`` is (changed, cells) by name, from the patch's table.
     """
 
     version: int
@@ -114,9 +117,15 @@ class ChainFacts:
 
 
 def read_facts(
-    store: Store, *, last: int | None = None, stages: Callable[[str, int, int], None] | None = None
+    store: Store,
+    *,
+    last: int | None = None,
+    trust: Trust | None = None,
+    stages: Callable[[str, int, int], None] | None = None,
 ) -> ChainFacts:
     """Read every manifest, a listing, and for the ``last`` versions (None: all) the tables of their patches.
+
+    With ``trust`` the manifests' signatures are checked too.
 
     Raises:
         MisuseError: the store holds no versions, or ``last`` is below 1.
@@ -127,6 +136,8 @@ def read_facts(
         raise MisuseError(f"last must be at least 1, not {last}")
     chain = read_chain(store)
     problems = [*chain.problems, *check_chain(chain.manifests)]
+    refused = check_signed(store, chain, trust) if trust is not None else []
+    problems += refused
     listed = retrying(lambda: list(store.list("objects/")), limit_s=RETRY_S)
     sizes = {info.key: info.size for info in listed}
     try:
@@ -142,6 +153,8 @@ def read_facts(
         _version(v, chain.manifests, by_key, given_up=gave_up(v), read=v in numbers)
         for v in _with_gaps(sorted(numbers))
     ]
+    untrusted = {v for problem in refused if (v := version_of_key(problem.where))}
+    everyone = [replace(v, status="untrusted") if v.version in untrusted else v for v in everyone]
     shown = everyone[-last:] if last is not None else everyone
     shown, found = _with_tables(store, shown, chain.manifests, sizes, stages)
     skips, bad_skips = _skips(store, chain.manifests, shown[0].version)
