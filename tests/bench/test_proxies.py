@@ -32,6 +32,18 @@ class TestContract(StoreContract):
             yield HttpStore(server.endpoint)
 
 
+class TestContractOfAPart(StoreContract):
+    large_bytes = 1 << 20
+    race_rounds = 1
+
+    @pytest.fixture
+    def store(self, tmp_path: Path) -> Iterator[HttpStore]:
+        other = LocalStore(tmp_path / "served", fsync=False)
+        other.put("elsewhere", [b"not of this part"])
+        with HttpServer(other) as server:
+            yield HttpStore(f"{server.endpoint}/a.part/of-it/")
+
+
 @pytest.fixture
 def echo() -> Iterator[tuple[str, int]]:
     """A server that sends back what it gets, and ends when its client does."""

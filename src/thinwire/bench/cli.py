@@ -16,6 +16,7 @@ from thinwire.bench.accuracy_report import accuracy
 from thinwire.bench.convergence_cli import convergence
 from thinwire.bench.federated_cli import federated, inversion
 from thinwire.bench.federated_wire_cli import federated_wire
+from thinwire.bench.fleet_cli import fleet
 from thinwire.bench.instruments_cli import instruments
 from thinwire.bench.link_cli import link
 from thinwire.bench.merge_cli import merge
@@ -29,6 +30,7 @@ from thinwire.bench.sparse_update_cli import sparse_update
 from thinwire.bench.sparserl_cli import app as sparserl
 from thinwire.bench.suite_cli import merge_suite
 from thinwire.bench.switch_cli import switch
+from thinwire.bench.sync_cli import app as sync
 from thinwire.bench.trust_cli import trust
 
 if TYPE_CHECKING:
@@ -40,6 +42,7 @@ app = typer.Typer(help="Measure thinwire beside what others send.", no_args_is_h
 app.command()(accuracy)
 app.command()(convergence)
 app.command()(federated)
+app.command()(fleet)
 app.command()(instruments)
 app.command()(inversion)
 app.command()(link)
@@ -55,6 +58,7 @@ app.command()(trust)
 app.command("federated-wire")(federated_wire)
 app.command("merge-suite")(merge_suite)
 app.add_typer(sparserl, name="sparserl")
+app.add_typer(sync, name="sync")
 app.command("sparse-update")(sparse_update)
 
 

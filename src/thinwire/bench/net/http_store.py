@@ -138,11 +138,16 @@ class _Handler(BaseHTTPRequestHandler):
 
 @final
 class HttpStore:
-    """The store that an :class:`HttpServer` serves at ``endpoint``. One connection a thread, kept open."""
+    """The store that an :class:`HttpServer` serves at ``endpoint``, or a part of it: ``http://host:port/prefix``.
+
+    One connection a thread, kept open.
+    """
 
     def __init__(self, endpoint: str, *, timeout_s: float = _TIMEOUT_S) -> None:
         self._netloc, self._timeout_s = urlsplit(endpoint).netloc, timeout_s
         self._url = endpoint.rstrip("/")
+        path = urlsplit(endpoint).path.strip("/")
+        self._prefix = f"{check_key(path)}/" if path else ""
         self._local = threading.local()
 
     @property
@@ -186,8 +191,10 @@ class HttpStore:
 
     def list(self, prefix: str, *, start_after: str = "") -> Iterator[ObjectInfo]:
         check_list(prefix, start_after)
-        _, data, _ = self._ask("GET", f"?list={quote(prefix)}&after={quote(start_after)}")
-        return iter([ObjectInfo(*row) for row in json.loads(data)])
+        after = self._prefix + start_after if start_after else ""
+        _, data, _ = self._ask("GET", f"?list={quote(self._prefix + prefix)}&after={quote(after)}")
+        cut = len(self._prefix)
+        return iter([ObjectInfo(key[cut:], size, modified_s) for key, size, modified_s in json.loads(data)])
 
     def delete(self, key: str) -> None:
         self._ask("DELETE", check_key(key))
@@ -207,7 +214,8 @@ class HttpStore:
             connection = kept or http.client.HTTPConnection(self._netloc, timeout=self._timeout_s, blocksize=1 << 20)
             try:
                 sent = {**(headers or {}), **({"Content-Length": str(size)} if body is not None else {})}
-                connection.request(method, f"/{target}", body=iter(body) if body is not None else None, headers=sent)
+                path = target if target.startswith("?") else self._prefix + target
+                connection.request(method, f"/{path}", body=iter(body) if body is not None else None, headers=sent)
                 reply = connection.getresponse()
                 if size_max is not None and reply.status == 200 and (reply.length or 0) > size_max:
                     connection.close()

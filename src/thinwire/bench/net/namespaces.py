@@ -25,7 +25,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import count
@@ -140,6 +140,8 @@ def _stopped_by_signals() -> Iterator[None]:
 class SlowNetwork:
     """A network of ``hosts`` hosts, each behind a line of ``rate`` in both directions (``1gbit``, ``none``, ...).
 
+    The lines of the hosts in ``unlimited`` have no limit: those of servers that many others share.
+
     ::
 
         with SlowNetwork(2, "100mbit") as network:
@@ -156,10 +158,10 @@ class SlowNetwork:
     interface = "eth0"
     """Name of the line inside each host."""
 
-    def __init__(self, hosts: int, rate: str = "1gbit") -> None:
+    def __init__(self, hosts: int, rate: str = "1gbit", *, unlimited: Collection[int] = ()) -> None:
         if not 1 <= hosts <= HOSTS_MAX:
             raise MisuseError(f"a network of {hosts} hosts; give 1 to {HOSTS_MAX}", hosts=hosts)
-        self.hosts, self.rate = hosts, rate
+        self.hosts, self.rate, self.unlimited = hosts, rate, frozenset(unlimited)
         self.bits_per_s = parse_rate(rate)
         self._stem = f"{_PREFIX}-{os.getpid()}-{_started(os.getpid())}-{next(_networks)}"
 
@@ -237,7 +239,7 @@ class SlowNetwork:
             _command("ip", "-n", switch, "link", "add", port, "type", "veth", *peer)
             _command("ip", "-n", switch, "link", "set", port, "master", "bridge", "up")
             _command("ip", "-n", name, "-batch", "-", given=self._inside(host))
-            if self.bits_per_s is not None:
+            if self.bits_per_s is not None and host not in self.unlimited:
                 for where, device in ((name, line), (switch, port)):
                     _limit(where, device, self.bits_per_s)
 
