@@ -24,11 +24,12 @@ def post(url: str, body: Any, key: str) -> dict[str, Any]:
     request = urllib.request.Request(
         f"{url}/v1/completions", json.dumps(body).encode(), {"Authorization": f"Bearer {key}"}
     )
-    with urllib.request.urlopen(request, timeout=60) as reply:
+    with urllib.request.urlopen(request, timeout=240) as reply:
         found: dict[str, Any] = json.load(reply)
     return found
 
 
+@pytest.mark.slow
 def test_it_serves_each_version_and_ends_when_told_to(tmp_path: Path) -> None:
     folder = save_folder(tmp_path / "tiny")
     publisher = Publisher(str(tmp_path / "s"))
@@ -53,7 +54,7 @@ def test_it_serves_each_version_and_ends_when_told_to(tmp_path: Path) -> None:
         with pytest.raises(urllib.error.HTTPError, match="401"):
             post(url, body, "wrong")
         process.send_signal(signal.SIGTERM)
-        _, said = process.communicate(timeout=60)
+        _, said = process.communicate(timeout=240)
         assert process.returncode == 0
         assert "version 2: ready in" in said
     finally:

@@ -326,6 +326,7 @@ def test_an_accelerate_loop_publishes_after_each_step_of_its_optimiser() -> None
     assert thinwire.Consumer(store).fetch().version == 4
 
 
+@pytest.mark.slow  # it imports the compiler
 def test_wrappers_leave_no_trace_in_the_names() -> None:
     model = tiny()
     names = set(model.state_dict())

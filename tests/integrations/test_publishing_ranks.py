@@ -94,7 +94,7 @@ def expected(steps: int = 3) -> dict[str, Tensor]:
 @pytest.mark.parametrize("work", [with_ddp, with_fsdp2])
 def test_process_0_publishes_whole_tensors(work: Any, ranks: RankPool, tmp_path: Path) -> None:
     store = str(tmp_path / uuid.uuid4().hex)
-    assert ranks.run(2, work, store) == [3, 0]
+    assert ranks.run(2, work, store, timeout_s=240) == [3, 0]
     model = Net()
     consumer = thinwire.Consumer(store)
     assert consumer.load(model).step == 3
@@ -106,7 +106,7 @@ def test_process_0_publishes_whole_tensors(work: Any, ranks: RankPool, tmp_path:
 def test_a_sharded_adapter_is_gathered_but_not_merged(ranks: RankPool, tmp_path: Path) -> None:
     pytest.importorskip("peft", reason="PEFT is not installed")
     store = str(tmp_path / "store")
-    said = ranks.run(2, with_sharded_adapter, store)
+    said = ranks.run(2, with_sharded_adapter, store, timeout_s=240)
     assert all("publish it alone" in text for texts in said for text in texts)
     assert all(said)
     layouts = thinwire.Consumer(store).fetch().layouts
