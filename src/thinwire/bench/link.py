@@ -18,7 +18,7 @@ from rich.table import Table
 from thinwire.bench.measure import GIB
 from thinwire.errors import MisuseError
 
-__all__ = ["FULL", "LINKS", "Way", "link_rows", "link_table", "link_text", "pays"]
+__all__ = ["FULL", "LINKS", "Way", "link_markdown", "link_rows", "link_table", "link_text", "pays"]
 
 Row = dict[str, Any]
 FULL = "full checkpoint"
@@ -133,3 +133,21 @@ def link_table(rows: Sequence[Row]) -> Table:
         bold = [f"[bold]{c}[/bold]" if row["seconds"][k] == best[k] else c for k, c in zip(keys, cells, strict=True)]
         table.add_row(row["codec"], f"{row['bytes'] / 1e6:.3g}", f"{row['work_s']:.3f}", *bold)
     return table
+
+
+def link_markdown(rows: Sequence[Row]) -> str:
+    """The table of one workload for the documentation, and which way pays from where.
+
+    ``rows`` are those of one workload. Of each link the quickest is bold.
+    """
+    keys = [f"{rate:g}" for rate in LINKS]
+    best = {key: min(row["seconds"][key] for row in rows) for key in keys}
+    lines = [
+        "| | MB | work, s | " + " | ".join(_rate(rate) for rate in LINKS) + " |",
+        "|---|---:|---:|" + "---:|" * len(keys),
+    ]
+    for row in rows:
+        cells = [f"{row['seconds'][k]:.3g}" for k in keys]
+        bold = [f"**{c}**" if row["seconds"][k] == best[k] else c for k, c in zip(keys, cells, strict=True)]
+        lines.append(f"| {row['codec']} | {row['bytes'] / 1e6:.3g} | {row['work_s']:.3f} | " + " | ".join(bold) + " |")
+    return "\n".join(lines) + f"\n\nOf thinwire's levels and full checkpoints: {link_text(rows)}.\n"

@@ -27,7 +27,7 @@ from thinwire.wire.positions import gaps_of
 from thinwire.wire.spec import DTYPES
 from thinwire.wire.values import steps
 
-__all__ = ["guess", "momentum_table", "run_momentum"]
+__all__ = ["guess", "momentum_markdown", "momentum_table", "run_momentum"]
 
 Row = dict[str, Any]
 Cells = npt.NDArray[np.uint16]
@@ -154,3 +154,22 @@ def momentum_table(rows: Sequence[Row]) -> Table:
             f"{row['share_not_zero']:.0%}",
         )  # fmt: skip
     return table
+
+
+def momentum_markdown(rows: Sequence[Row], steps: Sequence[int] = (2, 4, 8, 12, 16, 20)) -> str:
+    """The table for the documentation: some steps of each source."""
+    lines = [
+        "| versions of | step | changed | were zero at first | positions | values | guessed | patch "
+        "| values, others | guessed, others | patch, others |",
+        "|---|" + "---:|" * 10,
+    ]
+    for row in rows:
+        if row["step"] in steps:
+            cells = (
+                f"{row['changed']:,}", f"{row['were_zero'] / row['changed']:.0%}", f"{row['positions']:.3f}",
+                f"{row['values']:.3f}", f"{min(row['guessed'].values()):.3f}", f"{row['share']:.0%}",
+                f"{row['values_not_zero']:.3f}", f"{min(row['guessed_not_zero'].values()):.3f}",
+                f"{row['share_not_zero']:.0%}",
+            )  # fmt: skip
+            lines.append(f"| {row['source']} | {row['step']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
