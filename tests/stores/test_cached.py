@@ -23,7 +23,7 @@ from thinwire.errors import (
     StoreUnavailableError,
     ThinwireError,
 )
-from thinwire.stores.cached import CachedStore
+from thinwire.stores.cached import CachedStore, cached
 from thinwire.stores.encrypted import EncryptedStore
 from thinwire.stores.local import LocalStore
 from thinwire.stores.memory import MemoryStore
@@ -203,7 +203,7 @@ def test_threads_that_ask_at_once_make_one_request(tmp_path: Path) -> None:
 WORKER = """
 import sys, time
 from pathlib import Path
-from thinwire.stores.cached import CachedStore
+from thinwire.stores.cached import CachedStore, cached
 from thinwire.stores.local import LocalStore
 from thinwire.testing.faults import FaultyStore
 
@@ -464,7 +464,7 @@ def test_a_reader_keeps_what_is_evicted_meanwhile(tmp_path: Path) -> None:
 
 LIMITED = """
 import resource, sys
-from thinwire.stores.cached import CachedStore
+from thinwire.stores.cached import CachedStore, cached
 from thinwire.stores.local import LocalStore
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 store = CachedStore(LocalStore(sys.argv[1]), sys.argv[2])
@@ -500,7 +500,7 @@ def test_a_folder_that_is_none_is_as_no_cache(tmp_path: Path, caplog: pytest.Log
 
 READ_ONLY = """
 import os, sys
-from thinwire.stores.cached import CachedStore
+from thinwire.stores.cached import CachedStore, cached
 from thinwire.stores.local import LocalStore
 if os.getuid() == 0:
     os.setuid(65534)
@@ -557,6 +557,21 @@ def test_encryption_goes_around_a_cache(tmp_path: Path) -> None:
     store.put(KEY, [b"secret weights"])
     assert store.get(KEY, size_max=99) == store.get(KEY, size_max=99) == b"secret weights"
     assert files(tmp_path)
+    assert all(b"secret" not in path.read_bytes() for path in files(tmp_path))
+
+
+def test_a_cache_goes_beneath_encryption_and_around_the_rest(tmp_path: Path) -> None:
+    inner = MemoryStore()
+    assert cached(inner, None, poll_s=1.0) is inner
+    plain = cached(inner, tmp_path, poll_s=1.0)
+    assert isinstance(plain, CachedStore)
+    assert plain.fresh_s == 0.25
+    store = cached(EncryptedStore(inner, [bytes(32)]), tmp_path, poll_s=1.0)
+    assert isinstance(store, EncryptedStore)
+    assert isinstance(store.inner, CachedStore)
+    assert isinstance(store, Distrust)
+    store.put(KEY, [b"secret weights"])
+    assert store.get(KEY, size_max=99) == b"secret weights"
     assert all(b"secret" not in path.read_bytes() for path in files(tmp_path))
 
 

@@ -320,9 +320,14 @@ S = TypeVar("S")
 def cached(store: S, folder: str | os.PathLike[str] | None, *, poll_s: float) -> S:
     """``store`` behind a folder that is shared by workers who look for something new every ``poll_s``; itself without.
 
-    What may have changed is asked for again after a quarter of that time.
+    What may have changed is asked for again after a quarter of that time. Where ``store`` encrypts, the cache comes
+    beneath it, and holds what the store holds.
 
     Raises:
         MisuseError: as :class:`CachedStore`.
     """
-    return store if folder is None else cast("S", CachedStore(cast("Store", store), folder, fresh_s=poll_s / 4))
+    if folder is None:
+        return store
+    if isinstance(store, EncryptedStore):
+        return cast("S", store.around(CachedStore(store.inner, folder, fresh_s=poll_s / 4)))
+    return cast("S", CachedStore(cast("Store", store), folder, fresh_s=poll_s / 4))
