@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 
 from thinwire.bench.accuracy_report import accuracy
+from thinwire.bench.carriers import carriers
 from thinwire.bench.convergence_cli import convergence
 from thinwire.bench.federated_cli import federated, inversion
 from thinwire.bench.federated_wire_cli import federated_wire
@@ -29,6 +30,7 @@ from thinwire.bench.skips_cli import skips
 from thinwire.bench.sparse_update_cli import sparse_update
 from thinwire.bench.sparserl_cli import app as sparserl
 from thinwire.bench.suite_cli import merge_suite
+from thinwire.bench.swarm_cli import swarm
 from thinwire.bench.switch_cli import switch
 from thinwire.bench.sync_cli import app as sync
 from thinwire.bench.trust_cli import trust
@@ -40,6 +42,7 @@ __all__ = ["app"]
 
 app = typer.Typer(help="Measure thinwire beside what others send.", no_args_is_help=True, add_completion=False)
 app.command()(accuracy)
+app.command()(carriers)
 app.command()(convergence)
 app.command()(federated)
 app.command()(fleet)
@@ -53,6 +56,7 @@ app.command()(roofline)
 app.command()(selection)
 app.command()(signal)
 app.command()(skips)
+app.command()(swarm)
 app.command()(switch)
 app.command()(trust)
 app.command("federated-wire")(federated_wire)

@@ -20,7 +20,7 @@ __all__ = ["DESCRIPTION_SUFFIX", "Description", "describe", "description_bytes_m
 
 DESCRIPTION_SUFFIX = ".torrent"
 PIECE_BYTES_MIN, PIECE_BYTES_MAX = 16 << 10, 16 << 20
-_PIECES_WANTED = 1024
+_PIECES_WANTED = 256
 _HASH_BYTES = 20
 _FORM = re.compile(
     rb"d4:infod6:lengthi([1-9][0-9]{0,15})e4:name40:([0-9a-f]{40})"
@@ -32,7 +32,7 @@ def piece_bytes_for(size: int) -> int:
     """Bytes of a piece: a power of two, so that an object has some hundreds of pieces.
 
     >>> piece_bytes_for(1), piece_bytes_for(100 << 20), piece_bytes_for(100 << 30) == PIECE_BYTES_MAX
-    (16384, 131072, True)
+    (16384, 524288, True)
     """
     piece = PIECE_BYTES_MIN
     while piece < PIECE_BYTES_MAX and size > piece * _PIECES_WANTED:
