@@ -35,9 +35,9 @@ class Net(nn.Module):
         return out.logsumexp(-1).mean()
 
 
-def train(wrapped: nn.Module, store: str, *, steps: int = 3) -> int:
+def train(wrapped: nn.Module, store: str, *, steps: int = 3, sharded: bool = False) -> int:
     optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.1)
-    publishing = Publishing(store, dtype=None, every=2)
+    publishing = Publishing(store, dtype=None, every=2, sharded=sharded)
     publishing.publish(wrapped, 0)
     for step in range(1, steps + 1):
         optimizer.zero_grad()
@@ -53,14 +53,18 @@ def with_ddp(store: str) -> int:
     return train(nn.parallel.DistributedDataParallel(Net()), store)
 
 
-def with_fsdp2(store: str) -> int:
+def with_shards(store: str) -> int:
+    return with_fsdp2(store, sharded=True)
+
+
+def with_fsdp2(store: str, *, sharded: bool = False) -> int:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     model, mesh = Net(), init_device_mesh("cpu", (2,))
     fully_shard(model.block, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    return train(model, store)
+    return train(model, store, sharded=sharded)
 
 
 def with_sharded_adapter(store: str) -> list[str]:
@@ -99,6 +103,15 @@ def test_process_0_publishes_whole_tensors(work: Any, ranks: RankPool, tmp_path:
     consumer = thinwire.Consumer(store)
     assert consumer.load(model).step == 3
     assert consumer.fetch().aliases == {"head.weight": "embed.weight"}
+    for name, tensor in expected().items():
+        torch.testing.assert_close(model.state_dict()[name], tensor)
+
+
+def test_every_process_publishes_its_shards(ranks: RankPool, tmp_path: Path) -> None:
+    store = str(tmp_path / "store")
+    assert ranks.run(2, with_shards, store, timeout_s=240) == [3, 3]
+    model = Net()
+    assert thinwire.ShardedConsumer(store).load(model).step == 3
     for name, tensor in expected().items():
         torch.testing.assert_close(model.state_dict()[name], tensor)
 

@@ -27,8 +27,9 @@ def _active(model: Any) -> str:
     return str(names[0])
 
 
-def adapter_state(model: Any, *, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
-    """The active adapter's tensors under the names that ``save_pretrained`` writes; gathered if they are sharded.
+def adapter_state(model: Any, *, dtype: torch.dtype | None = None, whole: bool = True) -> dict[str, torch.Tensor]:
+    """The active adapter's tensors under the names that ``save_pretrained`` writes; gathered if they are sharded and
+    ``whole``.
 
     Raises:
         MisuseError: several adapters are active.
@@ -37,7 +38,7 @@ def adapter_state(model: Any, *, dtype: torch.dtype | None = None) -> dict[str, 
 
     entries = {plain_name(name): tensor for name, tensor in model.state_dict(keep_vars=True).items()}
     found = get_peft_model_state_dict(model, state_dict=entries, adapter_name=_active(model))
-    return gathered(found, dtype=dtype)
+    return gathered(found, dtype=dtype) if whole else dict(found)
 
 
 def adapter_metadata(model: Any) -> dict[str, str]:

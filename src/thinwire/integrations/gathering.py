@@ -45,9 +45,11 @@ def plain_name(name: str) -> str:
     return _WRAPPERS.sub("", name).removeprefix(".")
 
 
-def gathered_state(model: torch.nn.Module, *, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
+def gathered_state(
+    model: torch.nn.Module, *, dtype: torch.dtype | None = None, whole: bool = True
+) -> dict[str, torch.Tensor]:
     """The model's state dict with whole tensors. Where it is sharded all processes call this together, and all but
-    process 0 get nothing.
+    process 0 get nothing. With ``whole=False`` FSDP2's shards stay what they are.
 
     Raises:
         MisuseError: DeepSpeed's ZeRO-3 holds the parameters.
@@ -61,10 +63,10 @@ def gathered_state(model: torch.nn.Module, *, dtype: torch.dtype | None = None) 
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        whole: dict[str, Any] = dict(get_model_state_dict(model, options=options))
-        return whole
-    entries = model.state_dict(keep_vars=True)
-    return gathered({plain_name(name): tensor for name, tensor in entries.items()}, dtype=dtype)
+        found: dict[str, Any] = dict(get_model_state_dict(model, options=options))
+        return found
+    entries = {plain_name(name): tensor for name, tensor in model.state_dict(keep_vars=True).items()}
+    return gathered(entries, dtype=dtype) if whole else entries
 
 
 def _is_fsdp1(model: torch.nn.Module) -> bool:

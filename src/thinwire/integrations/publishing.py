@@ -30,6 +30,7 @@ from thinwire.integrations.gathering import gathered_state, unwrapped
 from thinwire.integrations.tracking import plain_optimizer
 from thinwire.stores import Store
 from thinwire.sync.publisher import Publisher, PublishReport
+from thinwire.sync.sharded_publisher import ShardedPublisher
 
 __all__ = ["Adapters", "Publishing", "State", "log_values", "state_to_publish"]
 
@@ -47,14 +48,14 @@ class State:
 
 @contextmanager
 def state_to_publish(
-    model: torch.nn.Module, *, adapters: Adapters = "alone", dtype: torch.dtype | None = None
+    model: torch.nn.Module, *, adapters: Adapters = "alone", dtype: torch.dtype | None = None, whole: bool = True
 ) -> Iterator[State]:
     """What there is to publish of a model that trains. All processes enter together where it is sharded.
 
     Wrappers (DDP, ``torch.compile``, activation checkpointing) leave no trace in the names. FSDP's shards are gathered
-    tensor by tensor on process 0, as ``dtype``. Of a PEFT model it is the adapter alone, under the names that PEFT
-    saves; or, with ``adapters="merged"``, the base with the adapter merged in, under the base's names, and when the
-    block ends the base has its own weights again, bit for bit.
+    tensor by tensor on process 0, as ``dtype``; with ``whole=False`` each process keeps its shards. Of a PEFT model it
+    is the adapter alone, under the names that PEFT saves; or, with ``adapters="merged"``, the base with the adapter
+    merged in, under the base's names, and when the block ends the base has its own weights again, bit for bit.
 
     The metadata say ``thinwire.adapter`` (``alone`` or ``merged``) and ``thinwire.peft`` (the adapter's configuration
     as JSON) for a PEFT model, and nothing for another.
@@ -65,12 +66,13 @@ def state_to_publish(
     """
     plain = unwrapped(model)
     if not hasattr(plain, "peft_config"):
-        yield State(gathered_state(plain, dtype=dtype), {})
+        yield State(gathered_state(plain, dtype=dtype, whole=whole), {})
         return
     from thinwire.integrations.adapters import adapter_metadata, adapter_state, merged_state
 
     if adapters == "alone":
-        yield State(adapter_state(plain, dtype=dtype), {"thinwire.adapter": "alone", **adapter_metadata(plain)})
+        alone = adapter_state(plain, dtype=dtype, whole=whole)
+        yield State(alone, {"thinwire.adapter": "alone", **adapter_metadata(plain)})
         return
     with merged_state(plain) as tensors:
         yield State(tensors, {"thinwire.adapter": "merged", **adapter_metadata(plain)})
@@ -84,6 +86,8 @@ class Publishing:
         every: publish when the step is a multiple of this.
         dtype: publish floating-point tensors as this type, as workers serve them; None leaves them as they are.
         adapters: of a PEFT model, the adapter ``alone`` or the base with it ``merged`` in (:func:`state_to_publish`).
+        sharded: publish with a :class:`~thinwire.sync.sharded_publisher.ShardedPublisher`: each process its own shards,
+            nothing is gathered. Who follows must then be a ``ShardedConsumer``.
         wait: stay until a version is committed. By default only the pass over the weights holds the loop up, and the
             upload goes on behind it; the next version waits for that.
         metadata: strings for each version's manifest.
@@ -105,6 +109,7 @@ class Publishing:
         every: int = 1,
         dtype: torch.dtype | None = torch.bfloat16,
         adapters: Adapters = "alone",
+        sharded: bool = False,
         wait: bool = False,
         metadata: Mapping[str, str] | None = None,
         on_report: Callable[[PublishReport], object] | None = None,
@@ -114,19 +119,20 @@ class Publishing:
             raise MisuseError(f"every must be 1 or more, not {every}")
         if adapters not in ("alone", "merged"):
             raise MisuseError(f"adapters must be 'alone' or 'merged', not {adapters!r}")
-        self.every, self.dtype, self.adapters, self.wait = every, dtype, adapters, wait
+        self.every, self.dtype, self.adapters, self.wait, self.sharded = every, dtype, adapters, wait, sharded
         self.metadata, self.on_report = dict(metadata or {}), on_report
         self.report: PublishReport | None = None
         self.last_step: int | None = None
         self._store, self._settings = store, settings
-        self._publisher: Publisher | None = None
+        self._publisher: Publisher | ShardedPublisher | None = None
         self._future: Future[PublishReport] | None = None
 
     @property
-    def publisher(self) -> Publisher:
+    def publisher(self) -> Publisher | ShardedPublisher:
         """The publisher, made when it is first asked for."""
         if self._publisher is None:
-            self._publisher = Publisher(self._store, dtype=self.dtype, **self._settings)
+            kind = ShardedPublisher if self.sharded else Publisher
+            self._publisher = kind(self._store, dtype=self.dtype, **self._settings)
         return self._publisher
 
     def step(self, model: torch.nn.Module, step: int) -> None:
@@ -136,8 +142,9 @@ class Publishing:
 
     def publish(self, model: torch.nn.Module, step: int) -> None:
         """Publish now."""
-        with state_to_publish(model, adapters=self.adapters, dtype=self.dtype) as state:
-            if not dist.is_initialized() or dist.get_rank() == 0:
+        whole = not self.sharded
+        with state_to_publish(model, adapters=self.adapters, dtype=self.dtype, whole=whole) as state:
+            if self.sharded or not dist.is_initialized() or dist.get_rank() == 0:
                 self._send(state, step)
         self.last_step = step
 
