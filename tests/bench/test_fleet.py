@@ -24,7 +24,9 @@ SMALL = FleetOptions(
 
 def test_a_small_fleet_through_a_bad_line_and_what_a_cache_saves(tmp_path: Path) -> None:
     said: list[str] = []
-    direct, cached = run_fleet(tmp_path, ["direct", "cache"], SMALL, report=said.append)
+    kept: list[dict] = []
+    direct, cached = run_fleet(tmp_path, ["direct", "cache"], SMALL, report=said.append, keep=kept.append)
+    assert kept == [direct, cached]
     for row in (direct, cached):
         assert (row["mismatches"], row["missing"]) == (0, 0)
         assert row["notes"] == 12 * 4

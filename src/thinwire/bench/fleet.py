@@ -242,9 +242,14 @@ def _step(state: Mapping[str, torch.Tensor], density: float, random_: np.random.
 
 
 def run_fleet(
-    folder: Path, carriers: Sequence[str], options: FleetOptions, *, report: Report = lambda _: None
+    folder: Path,
+    carriers: Sequence[str],
+    options: FleetOptions,
+    *,
+    report: Report = lambda _: None,
+    keep: Callable[[Row], object] = lambda _: None,
 ) -> list[Row]:
-    """A row for each carrier, measured one after another against one origin.
+    """A row for each carrier, measured one after another against one origin; each is handed to ``keep`` at once.
 
     ``mismatches`` counts notes whose memory or digest differ from what was published, ``missing`` consumers that had
     not proved a version in time: both must be 0.
@@ -263,6 +268,7 @@ def run_fleet(
             place.mkdir(parents=True)
             its = {**origin, "url": f"{origin['url']}-{carrier}"} if "url" in origin else origin
             rows.append({**_run_carrier(place, carrier, its, options, report), "server": server})
+            keep(rows[-1])
             if "url" not in origin:  # one folder, one chain at a time
                 shutil.rmtree(folder / "origin", ignore_errors=True)
     return rows

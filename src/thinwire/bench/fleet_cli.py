@@ -120,16 +120,21 @@ def fleet(
         consumers, machines, versions, parse_size(state), poll_s=poll, share=share, server=server, seed=seed
     )
     names = [word.strip() for word in carriers.split(",") if word.strip()]
+    rows: list[Row] = []
+
+    def keep(row: Row) -> None:
+        rows.append(row)
+        if out is not None:
+            write_rows(out, rows)
+
     with tempfile.TemporaryDirectory() as folder, console.status("starting the server") as status:
-        rows = run_fleet(Path(folder), names, options, report=status.update)
+        run_fleet(Path(folder), names, options, report=status.update, keep=keep)
     console.print(fleet_table(rows))
     for row in rows:
         if row["errors"]:
             console.print(f"{row['carrier']}: looks that ended with an error and were repeated: {row['errors']}")
     if figures is not None:
         fleet_figure(rows, figures / "fleet.png")
-    if out is not None:
-        write_rows(out, rows)
     if as_json:
         for row in rows:
             typer.echo(json.dumps(row, sort_keys=True))
