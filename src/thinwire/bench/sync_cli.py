@@ -249,7 +249,7 @@ def report(
         rows = rows + bench.project(rows, int(float(project)), density)
     _show(Console(), rows)
     if into is not None:
-        insert(sync_markdown(rows), into)
+        insert(f"{sync_markdown(rows)}\n\nRows: `{results.name}`.", into)
 
 
 def insert(text: str, path: Path) -> None:
