@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from thinwire.chain.parts import anchor_key, delta_key, flattened
 from thinwire.chain.plan import plan
 from thinwire.errors import MisuseError, NoPathError
-from thinwire.wire.manifest import Manifest, ObjectRef
+from thinwire.wire.manifest import Manifest
 
 __all__ = ["Retained", "retain"]
 
@@ -40,7 +40,7 @@ def retain(manifests: Mapping[int, Manifest], *, keep_last: int, keep: Set[int] 
     for version in kept:
         manifest = manifests[version]
         objects.add(manifest.tree.key)
-        objects.update(ref.key for ref in _deltas(manifest, kept))
+        objects.update(d.object.key for d in manifest.every_delta() if d.base in kept)
         try:
             path = plan(flat, version)
         except NoPathError:  # not reachable as it is: whatever it names is kept, and nothing is made worse
@@ -53,12 +53,6 @@ def retain(manifests: Mapping[int, Manifest], *, keep_last: int, keep: Set[int] 
             needed_manifests.add(path.anchor_version)
     _take_parts(manifests, needed_manifests, objects)
     return Retained(frozenset(kept), frozenset(needed_manifests), frozenset(objects))
-
-
-def _deltas(manifest: Manifest, bases: Set[int]) -> list[ObjectRef]:
-    """The patches of all parts that start from one of ``bases``."""
-    deltas = [*manifest.deltas, *(delta for part in manifest.parts for delta in part.deltas)]
-    return [delta.object for delta in deltas if delta.base in bases]
 
 
 def _take_parts(manifests: Mapping[int, Manifest], needed: Set[int], objects: set[str]) -> None:

@@ -123,7 +123,7 @@ def _contradictions(manifest: Manifest, manifests: Mapping[int, Manifest]) -> It
                 f"its delta starts from state {delta.base_state}, version {delta.base} is {base.state}"
             )
     anchored = manifests.get(manifest.anchor_version)
-    if anchored is not None and not anchored.anchor:
+    if anchored is not None and "anchor" not in anchored.kind:
         yield UntrustedError(f"it says that version {manifest.anchor_version} has an anchor, which has none")
 
 
@@ -182,6 +182,10 @@ def _digest_in_pieces(store: Store, ref: ObjectRef, hash_name: str) -> tuple[int
 
 
 def _check_tree(store: Store, manifest: Manifest) -> list[Problem]:
+    if manifest.parts:
+        from thinwire.cli.health_parts import check_parts
+
+        return check_parts(store, manifest)
     key = manifest.tree.key
     try:
         data = retrying(lambda: store.get(key, size_max=manifest.tree.size), limit_s=RETRY_S)
@@ -206,9 +210,12 @@ def replay(
     ``beside`` is called with each state that was proved, and tells what else is wrong. Memory holds one state and one
     anchor.
     """
+    from thinwire.cli.health_parts import replay_parts
     from thinwire.sync.host import fetch_state
     from thinwire.sync.remote import Remote
 
+    if any(manifest.parts for manifest in chain.manifests.values()):
+        return replay_parts(store, chain, threads=threads, stages=stages)
     remote = Remote(store, retry_s=RETRY_S)
     found: list[Problem] = []
     kept, _ = expected_objects(chain.manifests, chain.collected)

@@ -39,7 +39,7 @@ def check_signed(store: Store, chain: Chain, trust: Trust) -> list[Problem]:
     newest be as recent as ``trust`` wants it."""
     from thinwire.sync.remote import Remote
 
-    remote = Remote(store, retry_s=RETRY_S, trust=trust)
+    remote = Remote(store, retry_s=RETRY_S, trust=trust, in_parts=True)
     guard = remote.guard
     assert guard is not None
     try:

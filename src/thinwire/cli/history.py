@@ -52,7 +52,7 @@ def log(
 
     opened = existing_store(store)
     with output.bars() as bars:
-        remote = Remote(watched(opened, bars), retry_s=RETRY_S, trust=trust_of(trust, max_age))
+        remote = Remote(watched(opened, bars), retry_s=RETRY_S, trust=trust_of(trust, max_age), in_parts=True)
         newest = remote.newest()
         if newest is None:
             raise MisuseError(f"{opened.url} holds no versions", store=opened.url)
@@ -69,7 +69,7 @@ def log(
         table.add_row(
             str(row["version"]),
             "" if row["step"] is None else str(row["step"]),
-            row["kind"],
+            row["kind"] + (f" in {row['parts']} parts" if row["parts"] else ""),
             "given up" if row["given_up"] else bytes_text(row["bytes"]),
             share_text(row["density"], 1),
             "" if row["age_s"] is None else age_text(row["age_s"]),
@@ -85,7 +85,8 @@ def _row(manifest: Manifest, now_s: float) -> dict[str, Any]:
     return {
         "version": manifest.version,
         "step": manifest.step,
-        "kind": "+".join(k for k, there in (("delta", manifest.deltas), ("anchor", manifest.anchor)) if there),
+        "kind": manifest.kind,
+        "parts": len(manifest.parts) or None,
         "bytes": sum(ref.size for ref in manifest.objects()),
         "changed": facts.get("changed"),
         "elements": facts.get("elements"),

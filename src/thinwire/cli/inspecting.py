@@ -197,13 +197,14 @@ def _inspect_store(output: Output, url: str) -> None:
     kept, needed = expected_objects(chain.manifests, chain.collected)
     missing = sorted(key for key in needed if key not in sizes)
     newest = chain.manifests[max(chain.manifests)]
-    anchors = [v for v, m in sorted(chain.manifests.items()) if m.anchor and all(r.key in needed for r in m.anchor)]
-    deltas = sum(d.object.size for v in kept for d in chain.manifests[v].deltas)
+    whole = {v: m.every_anchor() for v, m in sorted(chain.manifests.items())}
+    anchors = [version for version, refs in whole.items() if refs and all(ref.key in needed for ref in refs)]
+    deltas = sum(delta.object.size for v in kept for delta in chain.manifests[v].every_delta())
     output.document(
         {
             "what": "store", "url": store.url, "versions": len(chain.manifests), "newest": newest.version,
             "step": newest.step, "state": newest.state, "hash": newest.hash, "kept": sorted(kept), "anchors": anchors,
-            "state_bytes": newest.facts.get("state_bytes"), "delta_bytes": deltas,
+            "state_bytes": newest.facts.get("state_bytes"), "delta_bytes": deltas, "parts": len(newest.parts) or None,
             "objects": len(sizes), "object_bytes": sum(sizes.values()), "needed_objects": len(needed),
             "missing": missing, "problems": [p.to_json() for p in problems],
         }
@@ -216,7 +217,8 @@ def _inspect_store(output: Output, url: str) -> None:
             "versions": f"{len(chain.manifests)}, the newest is {newest.version}"
             + (f" (step {newest.step})" if newest.step is not None else "")
             + (f"; {given_up} given up by gc" if given_up else ""),
-            "state": f"{newest.state} ({bytes_text(newest.facts.get('state_bytes', 0))})",
+            "state": f"{newest.state} ({bytes_text(newest.facts.get('state_bytes', 0))})"
+            + (f" in {len(newest.parts)} parts, by a sharded trainer" if newest.parts else ""),
             "anchors": f"{len(anchors)}: "
             + ("..., " if len(anchors) > 10 else "")
             + ", ".join(map(str, anchors[-10:])),

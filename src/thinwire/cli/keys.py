@@ -249,7 +249,7 @@ def heartbeat(
     opened = existing_store(store)
     pinned = trust_of(trust) or Trust(TrustDocument.of_keys([signer.public for signer in signers]))
     seen = None if memory is None else Memory.open(memory)
-    remote = Remote(opened, retry_s=RETRY_S, trust=pinned, memory=seen)
+    remote = Remote(opened, retry_s=RETRY_S, trust=pinned, memory=seen, in_parts=True)
     while True:
         try:
             newest = remote.newest()

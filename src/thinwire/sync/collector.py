@@ -151,7 +151,7 @@ def collect(
     """
     if grace_s < 0:
         raise MisuseError(f"the grace period must not be negative, and is {grace_s:g} s")
-    remote = Remote(store, retry_s=retry_s, trust=None if trust is None else read_trust(trust))
+    remote = Remote(store, retry_s=retry_s, trust=None if trust is None else read_trust(trust), in_parts=True)
     all_manifests(remote)
     listing = retrying(lambda: list(store.list("objects/")), limit_s=retry_s)
     manifests = all_manifests(remote)  # once more, for versions committed meanwhile

@@ -29,9 +29,8 @@ from thinwire.sync.share import Meter, Proof, Share, fetch_anchor, fetch_map, fe
 from thinwire.wire.chunks import Box, ChunkMap
 from thinwire.wire.digests import Tree
 from thinwire.wire.manifest import Manifest
-from thinwire.wire.patch import Patch
 
-__all__ = ["ShareState", "fetch_hop", "fetch_share", "known_since", "map_of", "regions", "way_to"]
+__all__ = ["ShareState", "ShareWalker", "fetch_share", "known_since", "map_of", "regions", "way_to"]
 
 Cells = npt.NDArray[np.unsignedinteger]
 _log = logging.getLogger(__name__)
@@ -91,16 +90,6 @@ def way_to(remote: Remote, target: Manifest, *, have: int | None, avoid: Set[str
             remote.manifests(range(before.anchor_version, before.version))
 
 
-def fetch_hop(remote: Remote, manifest: Manifest, share: Share, meter: Meter, *, parent: str) -> tuple[Patch, Proof]:
-    """What leads a share to a version from the one before, and what proves it.
-
-    Raises:
-        RefetchError, RefuseError: an object is gone or damaged.
-        RetryError: the store does not answer.
-    """
-    return fetch_patch(remote, manifest, share, meter, parent=parent), Proof(remote, manifest, share, meter)
-
-
 def fetch_share(
     remote: Remote,
     target: Manifest,
@@ -125,7 +114,7 @@ def fetch_share(
         except NoPathError as error:
             raise NoPathError(f"{error}{f' (last damage seen: {reason})' if reason else ''}", **error.facts) from None
         try:
-            return _build(remote, path, share, meter, threads, progress)
+            return _build(ShareWalker(remote, meter, threads=threads, progress=progress), path, share)
         except _BadError as error:
             avoid.add(error.key)
             reason = str(error.__cause__)
@@ -140,85 +129,90 @@ class _BadError(Exception):
         self.key = key
 
 
-def _build(
-    remote: Remote, path: Path, share: Share, meter: Meter, threads: int, progress: Progress | None
-) -> ShareState:
-    began = time.perf_counter()
-    manifests = remote.chain.manifests
+class ShareWalker:
+    """Brings shares of versions into host memory and proves them, one anchor or one patch at a time.
+
+    ``seconds`` adds up what each stage has taken.
+    """
+
+    def __init__(self, remote: Remote, meter: Meter, *, threads: int = 0, progress: Progress | None = None) -> None:
+        self.remote, self.meter, self.threads, self.progress = remote, meter, threads, progress
+        self.seconds = {"fetch": 0.0, "decode": 0.0, "apply": 0.0, "verify": 0.0}
+
+    def anchor(self, manifest: Manifest, share: Share) -> tuple[dict[str, Cells], Tree]:
+        """The cells in a version's anchors; what came by ranges and is no good is asked for whole.
+
+        Raises:
+            RefetchError, RefuseError: an object is gone or damaged, or holds something else than the trees say.
+            RetryError: the store does not answer.
+        """
+        flaws: list[str] = []
+        for whole in (False, True):
+            start = time.perf_counter()
+            try:
+                cells = fetch_anchor(self.remote, manifest, share, self.meter, whole=whole)
+                proof = Proof(self.remote, manifest, share, self.meter)
+            except (RefetchError, RefuseError):
+                if whole:
+                    raise
+                continue
+            fetched = time.perf_counter()
+            tree = tree_of(
+                share.layouts, cells, {}, hash_name=manifest.hash, threads=self.threads, progress=self.progress
+            )
+            flaws = proof.flaws(tree)
+            self.seconds["fetch"] += fetched - start
+            self.seconds["verify"] += time.perf_counter() - fetched
+            if not flaws:
+                return cells, tree
+        raise DamagedObjectError(
+            f"the anchor of version {manifest.version} is not what its trees say: {len(flaws)} chunks, such as "
+            f"{flaws[0]}",
+            version=manifest.version,
+        )
+
+    def advance(self, manifest: Manifest, share: Share, cells: dict[str, Cells], tree: Tree) -> Tree:
+        """Change ``cells``, whose tree is ``tree``, by a version's patches; the tree after. All change, or none does.
+
+        Raises:
+            RefetchError, RefuseError, RebaseError: the patches are of no use.
+            RetryError: the store does not answer.
+        """
+        for whole in (False, True):
+            start = time.perf_counter()
+            try:
+                patch = fetch_patch(self.remote, manifest, share, self.meter, parent=tree.digest, whole=whole)
+                proof = Proof(self.remote, manifest, share, self.meter)
+                self.seconds["fetch"] += time.perf_counter() - start
+                report = apply_patch(
+                    patch, dict(share.layouts), cells, threads=self.threads, progress=self.progress, agrees=proof
+                )
+            except (RefetchError, RefuseError, RebaseError):
+                if whole:
+                    raise
+                continue
+            for stage in ("decode", "apply", "verify"):
+                self.seconds[stage] += report.seconds[stage]
+            return report.tree
+        raise AssertionError("unreachable")
+
+
+def _build(walker: ShareWalker, path: Path, share: Share) -> ShareState:
+    began, manifests = time.perf_counter(), walker.remote.chain.manifests
     assert path.anchor_version is not None
     manifest = manifests[path.anchor_version]
-    seconds = {"fetch": 0.0, "decode": 0.0, "apply": 0.0, "verify": 0.0}
     try:
-        cells, tree = _anchor(remote, manifest, share, meter, threads, progress, seconds)
+        cells, tree = walker.anchor(manifest, share)
     except (RefetchError, RefuseError) as error:
         raise _BadError(anchor_key(path.anchor_version)) from error
-    layouts = dict(share.layouts)
     for hop in path.hops:
         manifest = manifests[hop.version]
-        tree = _advance(remote, manifest, share, layouts, cells, tree, meter, threads, progress, seconds)
-    seconds["total"] = time.perf_counter() - began
-    return ShareState(share, cells, tree, manifest, len(path.hops), seconds)
-
-
-def _anchor(
-    remote: Remote,
-    manifest: Manifest,
-    share: Share,
-    meter: Meter,
-    threads: int,
-    progress: Progress | None,
-    seconds: dict[str, float],
-) -> tuple[dict[str, Cells], Tree]:
-    """The cells in a version's anchors, proved; what came by ranges and is no good is asked for whole."""
-    for whole in (False, True):
-        start = time.perf_counter()
         try:
-            cells = fetch_anchor(remote, manifest, share, meter, whole=whole)
-            proof = Proof(remote, manifest, share, meter)
-        except (RefetchError, RefuseError):
-            if whole:
-                raise
-            continue
-        fetched = time.perf_counter()
-        tree = tree_of(share.layouts, cells, {}, hash_name=manifest.hash, threads=threads, progress=progress)
-        flaws = proof.flaws(tree)
-        seconds["fetch"] += fetched - start
-        seconds["verify"] += time.perf_counter() - fetched
-        if not flaws:
-            return cells, tree
-    raise DamagedObjectError(
-        f"the anchor of version {manifest.version} is not what its trees say: {len(flaws)} chunks, such as {flaws[0]}",
-        version=manifest.version,
-    )
-
-
-def _advance(
-    remote: Remote,
-    manifest: Manifest,
-    share: Share,
-    layouts: dict[str, Layout],
-    cells: dict[str, Cells],
-    tree: Tree,
-    meter: Meter,
-    threads: int,
-    progress: Progress | None,
-    seconds: dict[str, float],
-) -> Tree:
-    for whole in (False, True):
-        start = time.perf_counter()
-        try:
-            patch = fetch_patch(remote, manifest, share, meter, parent=tree.digest, whole=whole)
-            proof = Proof(remote, manifest, share, meter)
-            seconds["fetch"] += time.perf_counter() - start
-            report = apply_patch(patch, layouts, cells, threads=threads, progress=progress, agrees=proof)
+            tree = walker.advance(manifest, share, cells, tree)
         except (RefetchError, RefuseError, RebaseError) as error:
-            if whole:
-                raise _BadError(delta_key(manifest.version)) from error
-            continue
-        for stage in ("decode", "apply", "verify"):
-            seconds[stage] += report.seconds[stage]
-        return report.tree
-    raise AssertionError("unreachable")
+            raise _BadError(delta_key(hop.version)) from error
+    seconds = {**walker.seconds, "total": time.perf_counter() - began}
+    return ShareState(share, cells, tree, manifest, len(path.hops), seconds)
 
 
 def regions(share: Share, cells: Mapping[str, Cells]) -> dict[str, list[tuple[Box, Cells]]]:

@@ -185,13 +185,21 @@ class Manifest:
     @property
     def anchor_bytes(self) -> int:
         """Size of the full checkpoint, 0 if there is none."""
-        return sum(ref.size for ref in self.anchor) + sum(ref.size for part in self.parts for ref in part.anchor)
+        return sum(ref.size for ref in self.every_anchor())
 
     @property
     def kind(self) -> str:
         """``delta``, ``anchor`` or ``delta+anchor``."""
         first = self.parts[0] if self.parts else self
         return "+".join(name for name, there in (("delta", first.deltas), ("anchor", first.anchor)) if there)
+
+    def every_anchor(self) -> tuple[ObjectRef, ...]:
+        """The files of the full checkpoint, of all parts."""
+        return (*self.anchor, *(ref for part in self.parts for ref in part.anchor))
+
+    def every_delta(self) -> tuple[DeltaRef, ...]:
+        """The deltas, of all parts."""
+        return (*self.deltas, *(delta for part in self.parts for delta in part.deltas))
 
     def objects(self) -> tuple[ObjectRef, ...]:
         """Every object this manifest names."""
