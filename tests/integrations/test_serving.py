@@ -24,7 +24,7 @@ from thinwire.stores.memory import MemoryStore
 pytest.importorskip("transformers")
 pytest.importorskip("prometheus_client")
 
-from thinwire.integrations.metrics import Metrics, ServingMetrics
+from thinwire.integrations.metrics import SERVING, Metrics, ServingMetrics
 from thinwire.integrations.serving import Server
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -516,3 +516,12 @@ def test_folders_and_stores_that_do_not_fit_are_refused(folder: Path, tmp_path: 
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(MisuseError, match="describes no causal language model"):
         load_served(tmp_path, store)
+
+
+def test_the_docs_tell_every_metric() -> None:
+    text = (Path(__file__).resolve().parents[2] / "docs" / "engines.md").read_text()
+    rows = [
+        f"| `{m.name}` | {m.type} | {', '.join(f'`{label}`' for label in m.labels)} | {m.help} |".replace("|  |", "| |")
+        for m in SERVING
+    ]
+    assert all(row in text for row in rows)

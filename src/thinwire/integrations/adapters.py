@@ -107,7 +107,10 @@ def with_adapter(base: torch.nn.Module, metadata: Mapping[str, str]) -> Any:
     Raises:
         MisuseError: the metadata are no adapter's, or describe one that does not fit.
     """
-    from peft import PeftConfig, get_peft_model
+    try:
+        from peft import PeftConfig, get_peft_model
+    except ImportError as error:
+        raise MisuseError("the store publishes an adapter, which needs PEFT: pip install peft") from error
 
     family: Any = PeftConfig
     whole: Any = base

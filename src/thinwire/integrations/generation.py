@@ -143,10 +143,14 @@ def load_served(folder: str | Path, store: str | ReadableStore, *, device: str =
     publishes an adapter alone: then they are the base. No code that lies in it is run.
 
     Raises:
-        MisuseError: there is no such folder, or it describes no causal language model.
+        MisuseError: there is no such folder, it describes no causal language model or another one than the store
+            publishes, or Transformers is not installed (or PEFT, for an adapter).
         StoreUnavailableError: the store has no version.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    try:
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    except ImportError as error:
+        raise MisuseError("serving a model needs Transformers: pip install 'thinwire[rl]'") from error
 
     if not (Path(folder) / "config.json").is_file():
         raise MisuseError(f"there is no config.json in {folder}; name the folder of a Hugging Face model")
