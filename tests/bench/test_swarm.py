@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -59,3 +60,24 @@ def test_a_swarm_spares_the_store_over_a_real_slow_network() -> None:
     sent = {(row["way"], row["kind"]): row["store_sent"] for row in rows}
     assert sent["store", "anchor"] > 3.9  # a payload for each
     assert sent["swarm", "anchor"] < 2
+
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "bench" / "results"
+DOCS = (ROOT / "docs" / "peers.md").read_text()
+
+
+def rows(name: str) -> list[dict]:
+    return [json.loads(line) for line in (RESULTS / name).read_text().splitlines()]
+
+
+def test_the_table_of_the_swarm_is_that_of_the_rows() -> None:
+    found = rows("swarm-16x100mbit.jsonl")
+    assert swarm_markdown(found) in DOCS
+    assert all(row["mismatches"] == 0 and row["consumers"] == 16 for row in found)
+    swarmed = [row for row in found if row["way"] == "swarm"]
+    assert all(row["store_sent"] <= 3 for row in swarmed)
+
+
+def test_the_table_of_carriers_is_that_of_the_rows() -> None:
+    assert carriers_markdown(rows("carriers.jsonl")) in DOCS

@@ -16,7 +16,7 @@ from typing import Any
 from thinwire.stores.local import LocalStore
 from thinwire.testing.peers import Party
 
-WAIT_S = 120.0
+WAIT_S = 270.0
 
 
 def free_port() -> int:

@@ -14,7 +14,7 @@ from rich.table import Table
 
 __all__ = ["swarm", "swarm_markdown", "swarm_table"]
 
-_NAMES = {"store": "all from the store", "swarm": "swarm", "orphans": "swarm, nothing from the trainer"}
+_NAMES = {"store": "all from the store", "swarm": "swarm", "orphans": "swarm, trainer seeds nothing"}
 _HEADING = (
     "version", "way", "store sent, payloads", "trainer seeded", "a consumer sent, at most", "median, s", "last, s",
 )  # fmt: skip

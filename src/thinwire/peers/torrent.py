@@ -41,7 +41,7 @@ __all__ = ["Swarm"]
 _log = logging.getLogger(__name__)
 _KEY_LENGTH_MAX = 512
 _LOOK_S, _FLUSH_S, _HINT_S = 0.02, 10.0, 10.0
-_RESCUE_BYTES, _RESCUE_BYTES_MAX = 1 << 20, 8 << 20
+_RESCUE_BYTES_MIN, _RESCUE_BYTES, _RESCUE_BYTES_MAX = 64 << 10, 1 << 20, 8 << 20
 _SLOW_BYTES_S, _SLOW_S = 64 << 10, 4.0
 _SETTINGS: dict[str, Any] = {
     "enable_dht": False,
@@ -400,7 +400,7 @@ class _Download:
     def __init__(self, swarm: Swarm, torrent: _Torrent, stall_s: float, progress: Progress) -> None:
         self._swarm, self._torrent, self._stall_s, self._progress = swarm, torrent, stall_s, progress
         self._rescue: threading.Thread | None = None
-        self._rescue_bytes = _RESCUE_BYTES
+        self._rescue_bytes = min(max(torrent.description.size // 16, _RESCUE_BYTES_MIN), _RESCUE_BYTES)
         self._next_rescue_s = swarm._rescue_s
 
     def wait(self) -> None:
