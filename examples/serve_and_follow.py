@@ -17,7 +17,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import thinwire
-from thinwire.integrations.generation import Generator, load_served
+from thinwire.integrations.generation import Generator
+from thinwire.integrations.served import load_served
 from thinwire.integrations.serving import Server
 from thinwire.lab.models import tiny_llama
 

@@ -18,7 +18,8 @@ import torch
 import thinwire
 from tests.integrations.tiny_model import WORDS, greedy, model_of, save_folder
 from thinwire.errors import MisuseError, StoreUnavailableError
-from thinwire.integrations.generation import BusyError, Generator, Request, load_served
+from thinwire.integrations.generation import BusyError, Generator, Request
+from thinwire.integrations.served import load_served
 from thinwire.stores.memory import MemoryStore
 
 pytest.importorskip("transformers")

@@ -56,7 +56,8 @@ def serve(
     pinned = trust_of(trust, max_age)
     opened = existing_store(store)
     with watching(output, log_format=log_format, port=None, address="") as observer:
-        from thinwire.integrations.generation import Generator, load_served
+        from thinwire.integrations.generation import Generator
+        from thinwire.integrations.served import load_served
         from thinwire.integrations.serving import Server
 
         counts, metrics = _metrics()

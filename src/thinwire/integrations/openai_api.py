@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from thinwire.errors import MisuseError
-from thinwire.integrations.generation import Answer, Choice, Request, Served
+from thinwire.integrations.generation import Answer, Choice, Request
+from thinwire.integrations.served import Served
 
 __all__ = ["Asked", "chunk", "document", "parse_body", "read_request"]
 
