@@ -28,6 +28,7 @@ with atheris.instrument_imports(include=["thinwire.wire", "thinwire.sync"]):
     from thinwire.sync.encode import Options, make_patch, take_snapshot
     from thinwire.sync.layout import Layout, MemorySource
     from thinwire.wire import rans
+    from thinwire.wire.chunks import Box, Chunk, ChunkedTensor, ChunkMap
     from thinwire.wire.digests import Tree
     from thinwire.wire.manifest import Manifest, ObjectRef
     from thinwire.wire.patch import Patch
@@ -83,7 +84,7 @@ def _sealed(data: bytes) -> None:
 
 READERS = [
     _patch, _segment, _stream, Manifest.parse, Tree.parse, lambda data: read_shards([data]),
-    Skip.parse, _trust, Heartbeat.parse, _sealed,
+    Skip.parse, _trust, Heartbeat.parse, _sealed, ChunkMap.parse,
 ]  # fmt: skip
 
 
@@ -112,6 +113,8 @@ def seeds() -> list[bytes]:
     found.append(b"\6" + Skip(1, "ab" * 32, 3, "cd" * 32, "blake3", reference).encode())
     found.append(b"\7" + TrustDocument(1, {key.id: key}, {"root": role, "publisher": role}).encode())
     found.append(b"\10" + Heartbeat(1, "ab" * 32, 1).encode())
+    chunks = tuple(Chunk("w", Box((300 * k,), (300,)), k, 0) for k in range(2))
+    found.append(b"\12" + ChunkMap({"w": ChunkedTensor("BF16", (600,), chunks)}, {"head": "w"}, 2).encode())
     inner = MemoryStore()
     EncryptedStore(inner, [bytes(32)]).put("a", [b"weights"])
     found.append(b"\11" + inner.get("a", size_max=1 << 10))

@@ -25,6 +25,7 @@ from thinwire.bench.momentum_cli import momentum
 from thinwire.bench.predictive_cli import predictive
 from thinwire.bench.roofline_cli import roofline
 from thinwire.bench.selection_cli import selection
+from thinwire.bench.sharded_cli import sharded
 from thinwire.bench.signal_report import signal
 from thinwire.bench.skips_cli import skips
 from thinwire.bench.sparse_update_cli import sparse_update
@@ -54,6 +55,7 @@ app.command()(momentum)
 app.command()(predictive)
 app.command()(roofline)
 app.command()(selection)
+app.command()(sharded)
 app.command()(signal)
 app.command()(skips)
 app.command()(swarm)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -154,7 +154,7 @@ def check_objects(store: Store, chain: Chain, *, stages: Stages | None = None) -
     for version in sorted(kept):
         manifest = chain.manifests[version]
         if manifest.tree.key not in bad:
-            found += _check_tree(store, manifest)
+            found += _check_tree(store, manifest, bad)
     return found, len(needed), total
 
 
@@ -181,11 +181,11 @@ def _digest_in_pieces(store: Store, ref: ObjectRef, hash_name: str) -> tuple[int
     return size, running.digest().hex()
 
 
-def _check_tree(store: Store, manifest: Manifest) -> list[Problem]:
+def _check_tree(store: Store, manifest: Manifest, bad: Set[str]) -> list[Problem]:
     if manifest.parts:
         from thinwire.cli.health_parts import check_parts
 
-        return check_parts(store, manifest)
+        return check_parts(store, manifest, bad)
     key = manifest.tree.key
     try:
         data = retrying(lambda: store.get(key, size_max=manifest.tree.size), limit_s=RETRY_S)

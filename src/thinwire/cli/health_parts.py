@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from typing import TYPE_CHECKING, Any
 
 from thinwire.cli.health import RETRY_S, Chain, Problem
@@ -21,8 +22,11 @@ if TYPE_CHECKING:
 __all__ = ["check_parts", "replay_parts"]
 
 
-def check_parts(store: Store, manifest: Manifest) -> list[Problem]:
-    """The map must have as many parts as the manifest, each part's tree its chunks, and the digest that is named."""
+def check_parts(store: Store, manifest: Manifest, bad: Set[str]) -> list[Problem]:
+    """The map must have as many parts as the manifest, each part's tree its chunks, and the digest that is named.
+
+    Objects in ``bad`` have been told of.
+    """
     try:
         ref = manifest.tree
         chunks = ChunkMap.parse(retrying(lambda: store.get(ref.key, size_max=ref.size), limit_s=RETRY_S))
@@ -36,6 +40,8 @@ def check_parts(store: Store, manifest: Manifest) -> list[Problem]:
     found = []
     for part, expected in zip(manifest.parts, names, strict=True):
         key, size = part.tree.key, part.tree.size
+        if key in bad:
+            continue
         try:
             tree = Tree.parse(retrying(lambda k=key, n=size: store.get(k, size_max=n), limit_s=RETRY_S))  # type: ignore[misc]
             if tree.digest != part.state:

@@ -100,8 +100,8 @@ def cells_of(tensor: torch.Tensor) -> Cells:
         raise MisuseError(f"a {tensor.layout} tensor on {tensor.device} has no plain memory to publish")
     if hasattr(tensor, "full_tensor"):
         raise MisuseError(
-            "this is a DTensor: publish with thinwire.ShardedPublisher and load with thinwire.ShardedConsumer, or gather "
-            "it first (tensor.full_tensor(), get_model_state_dict(full_state_dict=True))"
+            "this is a DTensor: publish with thinwire.ShardedPublisher and load with thinwire.ShardedConsumer, or "
+            "gather it first (tensor.full_tensor(), get_model_state_dict(full_state_dict=True))"
         )
     plain = tensor.detach()
     if plain.numel() == 0:
