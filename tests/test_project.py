@@ -28,8 +28,8 @@ def test_imports_go_down_only() -> None:
 def test_the_public_surface_is_what_it_was() -> None:
     assert thinwire.__all__ == [
         "ApplyResult", "Consumer", "PublishReport", "Publisher", "ShardedConsumer", "ShardedPublisher", "SparseSync",
-        "SparseSyncMod", "SparseTaskRouter",
-        "SparsityTracker", "ThinwireError", "Version", "__version__", "merge", "open_store", "optim",
+        "SparseSyncMod", "SparseTaskRouter", "SparsityTracker", "ThinwireError", "Version", "__version__", "merge",
+        "open_store", "optim",
     ]  # fmt: skip
     for name in thinwire.__all__:
         assert getattr(thinwire, name) is not None
@@ -61,6 +61,7 @@ OPTIONAL = {
     "matplotlib": {"bench", "lab", "merge", "probe"},
     "mergekit": {"bench"},
     "mooncake": {"peers"},
+    "nixl": {"peers"},
     "nixl_cu12": {"peers"},
     "opentelemetry": {"integrations"},
     "pcodec": {"bench"},
@@ -73,6 +74,7 @@ OPTIONAL = {
     "tokenizers": {"lab"},
     "transformers": {"integrations", "lab"},
     "triton": {"tensors", "optim"},
+    "vllm": {"integrations"},
     "wandb": {"lab"},
     "yaml": {"lab"},
 }

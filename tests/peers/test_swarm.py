@@ -17,6 +17,7 @@ from urllib.request import urlopen
 
 import pytest
 
+from tests.peers.processes import Workers
 from tests.peers.running import run_threads
 from thinwire.errors import MisuseError, RetryError
 from thinwire.peers.metainfo import DESCRIPTION_SUFFIX, Description, describe
@@ -87,6 +88,40 @@ class TestContract(CarrierContract):
 
     def run(self, scenario: Callable[..., Any], *args: Any) -> list[Any]:
         return run_threads([Swarm(listen=LOCAL) for _ in range(self.parties)], scenario, *args)
+
+
+def make(rank: int, size: int) -> Swarm:
+    return Swarm(listen=LOCAL)
+
+
+@pytest.mark.slow
+class TestBetweenProcesses(CarrierContract):
+    sizes = (100_000, (4 << 20) + 5)
+    patience_s = 30.0
+    workers: Workers
+
+    @pytest.fixture(autouse=True, scope="class")
+    @classmethod
+    def _workers(cls) -> Iterator[None]:
+        started = cls.workers = Workers(4)
+        yield
+        started.close()
+
+    def run(self, scenario: Callable[..., Any], *args: Any) -> list[Any]:
+        return self.workers.play(make, scenario, *args)
+
+
+def test_what_was_removed_from_the_folder_is_told_and_got_again(tmp_path: Path) -> None:
+    store, data = Counting(), os.urandom(SIZE)
+    with swarms(2, store) as (publisher, worker):
+        worker._folder = tmp_path / "held"
+        published(store, publisher, data)
+        assert got(worker) == data
+        for file in (tmp_path / "held").iterdir():
+            file.unlink()
+        with pytest.raises(RetryError, match="read back"):
+            got(worker)
+        assert got(worker) == data
 
 
 def test_everybody_gets_it_and_the_store_gives_only_descriptions() -> None:

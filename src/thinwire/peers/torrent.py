@@ -370,10 +370,12 @@ class Swarm:
                 data = self._path(torrent.description).read_bytes()
             except FileNotFoundError:
                 data = b""
-            if torrent.whole or torrent.description.first_wrong(data) is None:
+            if len(data) == torrent.description.size and (
+                torrent.whole or torrent.description.first_wrong(data) is None
+            ):
                 torrent.whole = True
                 return data
-            if time.monotonic() > deadline:
+            if torrent.whole or time.monotonic() > deadline:
                 raise RetryError(f"{torrent.key} came, and cannot be read back from {self._engine.folder}")
             said += 1
             progress(torrent.description.size + said)
