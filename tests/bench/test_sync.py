@@ -78,7 +78,7 @@ def test_a_run_over_loopback_goes_on_where_it_was(tmp_path: Path) -> None:
         assert row["line_sent_bytes"] is None
         assert 0 < row["pause_s"] < row["seconds"]
         assert row["seconds"] in row["rounds_s"]
-        assert sum(row["stages_s"].values()) <= row["seconds"] + 0.01
+        assert all(0 <= seconds <= row["seconds"] for seconds in row["stages_s"].values())
 
 
 @pytest.mark.net
@@ -158,5 +158,6 @@ def test_the_docs_are_those_of_the_rows(path: Path) -> None:
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert all(row["verified"] for row in rows)
     page = (ROOT / "docs" / "fleet.md").read_text()
-    shown = rows + project(rows, 14_000_000_000, 0.01)
-    assert sync_markdown(shown) in page or path.name not in page
+    if f"Rows: `{path.name}`" in page:
+        shown = [rows, rows + project(rows, 14_000_000_000, 0.01)]
+        assert any(sync_markdown(each) in page for each in shown)
