@@ -99,7 +99,7 @@ def measure(
     width: int = 768,
     density: float = 0.01,
     ranks: int = 4,
-    runs: tuple[tuple[str, int], ...] = (("small", 1), ("small", 4), ("small", 8), ("smallest", 4)),
+    runs: tuple[tuple[str, int], ...] = (("small", 1), ("small", 4), ("small", 8)),
 ) -> Iterator[dict[str, Any]]:
     """One row for each (level, slices) of ``runs`` and kind of reader."""
     generator = torch.Generator().manual_seed(0)

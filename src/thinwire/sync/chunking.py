@@ -6,6 +6,7 @@ checkpoints: a shard is a box of a tensor, and what several ranks hold alike is 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, product
@@ -15,6 +16,8 @@ from thinwire.wire.chunks import Box, Chunk, ChunkedTensor, ChunkMap, overlap, p
 from thinwire.wire.spec import cell_count, dtype_of
 
 __all__ = ["CHUNK_BYTES_MIN", "GROUP_CELLS", "Shard", "groups_for", "plan_chunks"]
+
+_NUMBERS = re.compile(r"[0-9]+")
 
 CHUNK_BYTES_MIN = 64 << 10
 """Shards are not sliced into chunks of fewer bytes: each has a digest, and so costs about 150 bytes a version."""
@@ -61,7 +64,7 @@ def plan_chunks(ranks: Sequence[Sequence[Shard]], *, slices: int = 1, group_cell
         by_part[rank] += [(key, name, piece) for key, piece in _sliced(facts[name], box, slices)]
     chunks: dict[str, list[Chunk]] = {name: [] for name in facts}
     for part, members in enumerate(by_part):
-        for name, chunk in _grouped(part, sorted(members), facts, group_cells):
+        for name, chunk in _grouped(part, members, facts, group_cells):
             chunks[name].append(chunk)
     tensors = {
         name: ChunkedTensor(dtype, shape, tuple(sorted(chunks[name], key=lambda chunk: chunk.box)))
@@ -159,9 +162,11 @@ def _cut(offset: int, size: int, step: int) -> list[tuple[int, int]]:
 def _grouped(
     part: int, members: Sequence[tuple[tuple[int, int], str, Box]], facts: Facts, group_cells: int
 ) -> Iterator[tuple[str, Chunk]]:
-    """Chunks in groups: of one slice each, and of about ``group_cells`` cells."""
+    """Chunks in groups: of one slice and one kind of tensor each (names but for their numbers), since readers that are
+    parallel cut kinds along different dimensions; and of about ``group_cells`` cells, so that few layers share one."""
     group, held, last = 0, 0, None
-    for key, name, box in members:
+    for slice_key, kind, name, box in sorted((key, _NUMBERS.sub("#", name), name, box) for key, name, box in members):
+        key = slice_key, kind
         if last is not None and (key != last or held >= group_cells):
             group, held = group + 1, 0
         yield name, Chunk(name, box, part, group)

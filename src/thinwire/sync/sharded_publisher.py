@@ -50,7 +50,8 @@ class ShardedPublisher:
             The group's ranks talk over a Gloo group of their own.
         slices: cut matrices so that a reader with tensor parallelism of this degree, or a divisor of it, needs whole
             chunks only. Readers of any other sharding work, too, and fetch somewhat more. See ``docs/sharding.md``.
-        group_cells: how many cells a reader can do without at most, in one piece.
+        group_cells: cells after which a group of chunks ends; readers fetch and keep whole groups. Smaller ones serve
+            readers of few layers, and cost a segment each.
         dtype, level, values, hash, anchor_ratio, anchor_every, single_publisher, shard_bytes_max, threads, retry_s,
             key, trust, adopt, observer: as for :class:`~thinwire.Publisher`; the same on all ranks. Rank 0 signs.
 

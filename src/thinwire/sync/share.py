@@ -31,14 +31,14 @@ __all__ = ["Meter", "Proof", "Share", "fetch_anchor", "fetch_map", "fetch_patch"
 Cells = npt.NDArray[np.unsignedinteger]
 T = TypeVar("T")
 
-WHOLE_BYTES = 256 << 10
+WHOLE_BYTES = 64 << 10
 """Objects that are no larger are fetched whole: one request and a digest instead of two or three."""
 
 WHOLE_SHARE = 0.75
 """And so are those of which at least this share is needed."""
 
-_HEAD_BYTES = 64 << 10
-_GAP_BYTES = 32 << 10
+_HEAD_BYTES = 16 << 10
+_GAP_BYTES = 16 << 10
 
 
 @dataclass(slots=True)
