@@ -349,6 +349,16 @@ def test_misuse() -> None:
         swarm.join(MemoryStore(), publishing=False)
 
 
+def test_leaving_removes_what_it_wrote_into_a_folder_that_was_given(tmp_path: Path) -> None:
+    folder = tmp_path / "given"
+    folder.mkdir()
+    (folder / "notes.txt").write_text("mine")
+    with swarms(1, Counting(), folder=folder) as (publisher,):
+        published(publisher._origin, publisher, os.urandom(100_000))  # type: ignore[arg-type]
+        assert len(list(folder.iterdir())) == 2
+    assert [file.name for file in folder.iterdir()] == ["notes.txt"]
+
+
 def test_leaving_removes_the_folder_of_its_own() -> None:
     store = Counting()
     with swarms(1, store) as (publisher,):

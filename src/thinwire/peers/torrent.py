@@ -132,8 +132,8 @@ class Swarm:
         rendezvous: ``host:port`` of a ``thinwire rendezvous``. By default the publisher's own, which consumers find by
             a hint in the store.
         listen: addresses to take connections on; port 0 is a free one.
-        folder: where objects lie while they are given on; by default a new one below the system's temporary folder,
-            which goes in the end. A folder in memory (``/dev/shm``) spares a disk.
+        folder: where objects lie while they are given on, one for each process; by default a new one below the system's
+            temporary folder. What was written there goes in the end. One in memory (``/dev/shm``) spares a disk.
         keep_bytes: objects beyond so many bytes are given up, those first that were used the longest ago.
         bytes_min: smaller objects come from the store: their description would cost as much.
         upload_bytes_s: the most bytes a second to send; None does not limit.
@@ -392,8 +392,14 @@ class Swarm:
     def leave(self) -> None:
         with self._lock:
             self._left = True
+            files = [self._path(torrent.description) for torrent in self._torrents.values()]
             self._torrents.clear()
         self._engine.close()
+        with suppress(OSError):
+            for file in files:
+                file.unlink(missing_ok=True)
+            if files:
+                files[0].parent.rmdir()  # a folder that was given stays if there is more in it
 
 
 class _Download:
