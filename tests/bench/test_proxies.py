@@ -41,7 +41,7 @@ class TestContractOfAPart(StoreContract):
         other = LocalStore(tmp_path / "served", fsync=False)
         other.put("elsewhere", [b"not of this part"])
         with HttpServer(other) as server:
-            yield HttpStore(f"{server.endpoint}/a.part/of-it/")
+            yield HttpStore(f"{server.endpoint}/a.part/")
 
 
 @pytest.fixture
