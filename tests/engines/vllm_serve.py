@@ -195,6 +195,7 @@ async def live(store: str, out: Path, ranks: int) -> None:
             await task
     thread.join()
     task.cancel()
+    await engine.collective_rpc("thinwire_verify")  # raises unless every rank holds the version, bit for bit
     for swap in swaps:
         say(swap=[swap.version, swap.pause_s, swap.prepare_s, swap.write_s, swap.elements])
     engine.shutdown()
