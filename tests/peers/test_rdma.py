@@ -51,10 +51,17 @@ def run() -> Iterator[tuple[MemoryStore, Callable[..., Rdma]]]:
 
 
 def settled(carrier: Rdma, count: int) -> None:
+    """Wait until the carrier holds so many objects, and the rendezvous knows of each."""
+
+    def known() -> int:
+        tickets = carrier._tickets()
+        assert tickets is not None
+        return sum(any(t["holder"] == carrier._holder for t in tickets.get(key)) for key in list(carrier._held))
+
     deadline = time.monotonic() + 20
-    while len(carrier._held) != count and time.monotonic() < deadline:
+    while (len(carrier._held) != count or known() != count) and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert len(carrier._held) == count
+    assert len(carrier._held) == known() == count
 
 
 def test_what_was_read_is_offered_on(run: Any) -> None:

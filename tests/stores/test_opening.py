@@ -91,7 +91,7 @@ def test_unknown_or_senseless_options_are_refused(url: str, options: dict[str, o
 def test_the_public_surface() -> None:
     assert thinwire.stores.__all__ == sorted(thinwire.stores.__all__)
     assert set(thinwire.stores.__all__) == {
-        "Blob", "Create", "Delete", "Get", "GetRange", "Head", "List", "Notify", "ObjectInfo", "Put",
+        "Blob", "Create", "Delete", "Distrust", "Get", "GetRange", "Head", "List", "Notify", "ObjectInfo", "Put",
         "Store", "check_key", "enforces_create", "open_store",
     }  # fmt: skip
 

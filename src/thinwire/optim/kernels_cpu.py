@@ -2,8 +2,9 @@
 """The loops of sparse steps on the CPU, compiled by Numba: gather, update, scatter, in one pass over the active cells.
 
 Weights and gradients come as cells (their bits), so that bfloat16 and float16, which NumPy or Numba lack, are read and
-rounded here as torch rounds them. Sorted positions 64 or 128 ahead are asked for: they lie too far apart for the processor to
-fetch them by itself. The readable versions are in :mod:`thinwire.optim.oracle`; the tests require equal bits.
+rounded here as torch rounds them. Sorted positions 64 or 128 ahead are asked for: they lie too far apart for the
+processor to fetch them by itself. The readable versions are in :mod:`thinwire.optim.oracle`; the tests require equal
+bits.
 """
 
 from __future__ import annotations
