@@ -9,7 +9,9 @@ import pytest
 
 from thinwire.bench.accuracy_report import accuracy_markdown
 from thinwire.bench.gradients import gradients_markdown
+from thinwire.bench.link import link_markdown, link_rows
 from thinwire.bench.markdown import codec_markdown, real_markdown
+from thinwire.bench.momentum import momentum_markdown
 from thinwire.bench.signal_report import signal_markdown
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -61,3 +63,20 @@ def test_the_run_under_kills_was_clean() -> None:
 @pytest.mark.parametrize("name", ["signal-2", "signal-8"])
 def test_the_tables_of_bad_workers_are_those_of_the_rows(name: str) -> None:
     assert signal_markdown(rows(f"{name}.jsonl")) in (ROOT / "docs" / "signal.md").read_text()
+
+
+LEVELS = (ROOT / "docs" / "levels.md").read_text()
+
+
+@pytest.mark.parametrize("workload", ["ulp", "adam"])
+def test_the_tables_of_links_are_those_of_the_codecs_rows(workload: str) -> None:
+    computed = [row for row in link_rows(rows("codec-1gib.jsonl")) if row["workload"] == workload]
+    assert link_markdown(computed) in LEVELS
+    assert [row for row in rows("link.jsonl") if row["workload"] == workload] == computed
+
+
+def test_the_table_of_predicted_steps_is_that_of_the_rows() -> None:
+    found = rows("momentum.jsonl")
+    assert momentum_markdown(found) in LEVELS
+    others = [row["share_not_zero"] for row in found if row["source"].startswith("smollm2")]
+    assert min(others) > 0.99
