@@ -1,23 +1,45 @@
-"""How a version that is made becomes one that exists: its objects first, its manifest last, and only once."""
+"""How a version that is made becomes one that exists: its objects first, its manifest last, and only once.
+
+For publishers of whole and of sharded models alike.
+"""
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from typing import Protocol, final
 
-from thinwire.errors import ObjectExistsError, ObjectNotFoundError, RetryError
+from thinwire.errors import ObjectExistsError, ObjectNotFoundError, RetryError, UnsafeStoreError
 from thinwire.stores import Store
-from thinwire.sync.pending import Pending
+from thinwire.stores.probe import enforces_create
+from thinwire.sync.pending import PublishReport
 from thinwire.sync.retrying import retrying
 from thinwire.wire.manifest import Manifest, ObjectRef, manifest_key
 from thinwire.wire.spec import MANIFEST_BYTES_MAX
 
-__all__ = ["create_manifest", "upload"]
+__all__ = ["Background", "Uploads", "check_create", "create_manifest", "upload"]
 
 _UPLOADS = 4
 
 
-def upload(store: Store, pending: Pending, *, limit_s: float) -> None:
+class Uploads(Protocol):
+    """What has yet to be put: references and bytes."""
+
+    uploads: list[tuple[ObjectRef, list[bytes | memoryview]]]
+
+
+def check_create(store: Store) -> None:
+    """Raises UnsafeStoreError if the store does not enforce create-only writes."""
+    if not enforces_create(store):
+        raise UnsafeStoreError(
+            f"{store.url} overwrites objects that were to be created only, so two publishers could both win a "
+            "version. Use another store, or pass single_publisher=True if only one publisher ever runs",
+            store=store.url,
+        )
+
+
+def upload(store: Store, pending: Uploads, *, limit_s: float) -> None:
     """Put the objects, several at once; those that are up are taken off the list even if others fail.
 
     Raises:
@@ -60,3 +82,32 @@ def create_manifest(store: Store, manifest: Manifest, *, limit_s: float) -> bool
         return store.get(key, size_max=MANIFEST_BYTES_MAX) == data
 
     return retrying(attempt, limit_s=limit_s)
+
+
+@final
+class Background:
+    """Commits in a thread of its own, one at a time."""
+
+    def __init__(self) -> None:
+        self._pool: ThreadPoolExecutor | None = None
+        self._under_way: Future[PublishReport] | None = None
+
+    def run(self, commit: Callable[[], PublishReport]) -> Future[PublishReport]:
+        """Begin; :meth:`settle` must have been called since the last time."""
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(1, thread_name_prefix="thinwire-publish")
+        self._under_way = self._pool.submit(commit)
+        return self._under_way
+
+    def settle(self) -> PublishReport | None:
+        """Wait for what is under way; its report, or None if there is none or the store failed (it is then pending)."""
+        under_way, self._under_way = self._under_way, None
+        if under_way is not None:
+            with suppress(RetryError):
+                return under_way.result()
+        return None
+
+    def close(self, *, wait: bool = True) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(wait=wait)
+            self._pool = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,27 +15,25 @@ from thinwire.errors import (
     MalformedError,
     MisuseError,
     NoPathError,
-    ObjectNotFoundError,
     RefetchError,
     RefuseError,
-    StoreUnavailableError,
     WrongBaseError,
 )
 from thinwire.peers import Carrier
-from thinwire.stores import Notify, open_store
+from thinwire.stores import open_store
 from thinwire.stores.cached import cached
 from thinwire.sync import events
 from thinwire.sync.apply import apply_patch
 from thinwire.sync.encode import Progress
+from thinwire.sync.following import Following, Offered
 from thinwire.sync.host import Fetched, HostState, fetch_path, fetch_state
 from thinwire.sync.layout import Layout
 from thinwire.sync.peering import leave, peered
 from thinwire.sync.remote import ReadableStore, Remote
-from thinwire.sync.retrying import jittered
 from thinwire.sync.target import Target
 from thinwire.sync.trust import Memory, Pinned, read_trust
 from thinwire.wire.digests import Tree
-from thinwire.wire.manifest import Manifest, manifest_key
+from thinwire.wire.manifest import Manifest
 from thinwire.wire.patch import Patch
 
 __all__ = ["ApplyResult", "Consumer", "Version"]
@@ -62,26 +60,12 @@ class ApplyResult:
     seconds: Mapping[str, float]
 
 
-class Version:
+class Version(Offered):
     """A version that is newer than the one held. Its objects have been fetched; nothing has been applied."""
 
     def __init__(self, consumer: Consumer, manifest: Manifest, fetched: Fetched | None) -> None:
-        self._consumer, self._fetched, self.manifest = consumer, fetched, manifest
-
-    @property
-    def number(self) -> int:
-        """The version's number in the chain."""
-        return self.manifest.version
-
-    @property
-    def step(self) -> int | None:
-        """The trainer's step, as it was given to ``publish``."""
-        return self.manifest.step
-
-    @property
-    def metadata(self) -> Mapping[str, str]:
-        """The trainer's metadata, as they were given to ``publish``."""
-        return self.manifest.metadata
+        super().__init__(manifest)
+        self._consumer, self._fetched = consumer, fetched
 
     def apply(self, model: Model, *, progress: Progress | None = None) -> ApplyResult:
         """Bring ``model`` to this version, in place; it must be the model that the consumer loaded or applied last.
@@ -100,11 +84,8 @@ class Version:
         events.tell(self._consumer.observer, events.applied(result, self.manifest))
         return result
 
-    def __repr__(self) -> str:
-        return f"<Version {self.number} step={self.step} state={self.manifest.state[:12]}>"
 
-
-class Consumer:
+class Consumer(Following[Version]):
     """Follows the versions in a store.
 
     Args:
@@ -169,7 +150,6 @@ class Consumer:
             memory=None if memory is None else Memory.open(memory),
         )
         self._avoid: set[str] = set()
-        self._held: Manifest | None = None
         self._aliases: dict[str, str] = {}
         self._layouts: dict[str, Layout] = {}
 
@@ -182,16 +162,6 @@ class Consumer:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
-
-    @property
-    def version(self) -> int | None:
-        """The version that the model is at; None before :meth:`load`."""
-        return None if self._held is None else self._held.version
-
-    @property
-    def digest(self) -> str | None:
-        """Digest of the state that the model is at."""
-        return None if self._held is None else self._held.state
 
     # --- loading ---------------------------------------------------------------------------------------------------
 
@@ -243,25 +213,6 @@ class Consumer:
         events.tell(self.observer, told)
         return state
 
-    def _manifest(self, version: int) -> Manifest:
-        try:
-            return self._remote.manifest(version)
-        except ObjectNotFoundError as error:
-            raise NoPathError(f"there is no version {version} in this store", version=version) from error
-
-    def _wait_for_first(self, timeout_s: float) -> Manifest:
-        deadline = time.monotonic() + timeout_s
-        while True:
-            found = self._remote.newest()
-            if found is not None:
-                return found
-            left = deadline - time.monotonic()
-            if left <= 0:
-                raise StoreUnavailableError(
-                    f"no version has appeared in the store within {timeout_s:g} s; is the publisher running?"
-                )
-            time.sleep(min(jittered(self.poll_s), left))
-
     def _hold(self, manifest: Manifest, layouts: Mapping[str, Layout], aliases: Mapping[str, str]) -> None:
         self._held, self._layouts, self._aliases = manifest, dict(layouts), dict(aliases)
 
@@ -291,38 +242,6 @@ class Consumer:
         except NoPathError:
             fetched = None  # apply() will say so, with the reason
         return Version(self, found, fetched)
-
-    def follow(self, *, every: bool = False, timeout_s: float | None = None) -> Iterator[Version]:
-        """Yield each newer version as it appears, its objects already fetched; blocks between them.
-
-        When several have appeared meanwhile the newest is yielded, or with ``every`` each in turn. A version that is
-        not applied is yielded again, or a newer one instead. Ends when none appears for ``timeout_s`` (None: never).
-        """
-        self._require_held()
-        last = time.monotonic()
-        while True:
-            version = self.poll(every=every)
-            if version is not None:
-                yield version
-                last = time.monotonic()
-                if self.version == version.number:
-                    continue
-            if timeout_s is not None and time.monotonic() - last >= timeout_s:
-                return
-            self._wait()
-
-    def _wait(self) -> None:
-        """Until a new version may be there: on a notification where the store has one, else for the poll interval."""
-        held = self._require_held()
-        if isinstance(self.store, Notify):
-            self.store.wait_for(manifest_key(held.version + 1), timeout_s=jittered(self.poll_s))
-        else:
-            time.sleep(jittered(self.poll_s))
-
-    def _require_held(self) -> Manifest:
-        if self._held is None:
-            raise MisuseError("load a version first: consumer.load(model)")
-        return self._held
 
     def _fetch_to(self, manifest: Manifest, held: Manifest | None, *, by_skips: bool = True) -> Fetched:
         have, state = (held.version, held.state) if held is not None else (None, None)

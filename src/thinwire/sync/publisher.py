@@ -6,7 +6,7 @@ import secrets
 import threading
 import time
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import replace
 from typing import Literal, overload
@@ -19,13 +19,11 @@ from thinwire.errors import (
     NoPathError,
     RefetchError,
     RetryError,
-    UnsafeStoreError,
 )
 from thinwire.peers import Carrier
 from thinwire.stores import Store, open_store
-from thinwire.stores.probe import enforces_create
 from thinwire.sync.anchor import write_shards
-from thinwire.sync.committing import create_manifest, upload
+from thinwire.sync.committing import Background, check_create, create_manifest, upload
 from thinwire.sync.compactor import BackgroundCompactor, CompactReport, compact
 from thinwire.sync.encode import Options, Progress, Snapshot, make_patch, take_snapshot
 from thinwire.sync.events import Observer, observed, published, tell
@@ -36,17 +34,16 @@ from thinwire.sync.levels import AUTO, LevelChooser
 from thinwire.sync.peering import leave, peered
 from thinwire.sync.pending import Pending, PublishReport, head_of, signed
 from thinwire.sync.remote import HINT_KEY, Remote, hash_bytes, hint_bytes
-from thinwire.sync.trust import Keys, Pinned, Trust, now_ms, read_trust, signers_of
+from thinwire.sync.trust import Keys, Pinned, now_ms, pinned_by, signers_of
 from thinwire.tensors.tree import state_of
 from thinwire.wire.manifest import DeltaRef, Manifest, ObjectRef, Parent
 from thinwire.wire.patch import Patch
 from thinwire.wire.spec import HASHES
-from thinwire.wire.trust import Heartbeat, TrustDocument
+from thinwire.wire.trust import Heartbeat
 
 __all__ = ["PublishReport", "Publisher"]
 
 Model = torch.nn.Module | Mapping[str, torch.Tensor]
-_UPLOADS = 4
 
 
 class Publisher:
@@ -144,18 +141,15 @@ class Publisher:
         self.anchor_ratio, self.anchor_every = anchor_ratio, anchor_every
         self.single_publisher, self.shard_bytes_max, self.retry_s = single_publisher, shard_bytes_max, retry_s
         self._signers = signers_of(key)
-        pinned = None if trust is None else read_trust(trust)
-        if pinned is None and self._signers:
-            pinned = Trust(TrustDocument.of_keys([signer.public for signer in self._signers]))
         vouched = frozenset() if adopt is None else frozenset({adopt})
+        pinned = pinned_by(trust, self._signers)
         self._remote = Remote(self.store, retry_s=retry_s, trust=pinned, vouched=vouched)
         self._opened = False
         self._head: Manifest | None = None
         self._chain_bytes = 0
         self._snapshot: Snapshot | None = None
         self._pending: Pending | None = None
-        self._background: Future[PublishReport] | None = None
-        self._pool: ThreadPoolExecutor | None = None
+        self._background = Background()
         self._lock = threading.Lock()
         self._skips = (
             BackgroundCompactor(self.store, retry_s=retry_s, threads=threads, signers=self._signers) if skips else None
@@ -205,12 +199,7 @@ class Publisher:
             began = time.perf_counter()
             self._open()
             self._pending = self._prepare(model, step, dict(metadata or {}), began, progress)
-            if wait:
-                return self._commit()
-            if self._pool is None:
-                self._pool = ThreadPoolExecutor(1, thread_name_prefix="thinwire-publish")
-            self._background = self._pool.submit(self._commit)
-            return self._background
+            return self._commit() if wait else self._background.run(self._commit)
 
     def flush(self) -> PublishReport | None:
         """Wait for the version under way, trying again if it failed; its report, or None if there is none.
@@ -257,9 +246,7 @@ class Publisher:
             leave(self._peered)
             if self._skips is not None:
                 self._skips.close()
-            if self._pool is not None:
-                self._pool.shutdown(wait=True)
-                self._pool = None
+            self._background.close()
 
     def __enter__(self) -> Publisher:
         return self
@@ -271,24 +258,14 @@ class Publisher:
 
     def _settle(self) -> PublishReport | None:
         """Bring the version under way to its end."""
-        report = None
-        if self._background is not None:
-            background, self._background = self._background, None
-            with suppress(RetryError):
-                report = background.result()
-        if self._pending is not None:
-            report = self._commit()
-        return report
+        report = self._background.settle()
+        return report if self._pending is None else self._commit()
 
     def _open(self) -> None:
         if self._opened:
             return
-        if not self.single_publisher and not enforces_create(self.store):
-            raise UnsafeStoreError(
-                f"{self.store.url} overwrites objects that were to be created only, so two publishers could both win a "
-                "version. Use another store, or pass single_publisher=True if only one publisher ever runs",
-                store=self.store.url,
-            )
+        if not self.single_publisher:
+            check_create(self.store)
         self._head = head_of(self._remote)
         if self._head is not None:
             if self._head.hash != self.hash:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -15,20 +15,18 @@ import torch.distributed as dist
 from thinwire.errors import (
     MisuseError,
     NoPathError,
-    ObjectNotFoundError,
     RebaseError,
     RefetchError,
     RefuseError,
-    StoreUnavailableError,
 )
-from thinwire.stores import Notify, open_store
+from thinwire.stores import open_store
 from thinwire.sync import events
 from thinwire.sync.apply import apply_patch
 from thinwire.sync.consumer import ApplyResult
 from thinwire.sync.encode import Progress
+from thinwire.sync.following import Following, Offered
 from thinwire.sync.ranks import Alone, Ranks, agree, ranks_of
 from thinwire.sync.remote import ReadableStore, Remote
-from thinwire.sync.retrying import jittered
 from thinwire.sync.sharded_state import ShareState, fetch_share, known_since, map_of, way_to
 from thinwire.sync.sharded_target import ShareTarget, check_fits, wanted_by
 from thinwire.sync.shards import Entries, Held, held_by
@@ -36,7 +34,7 @@ from thinwire.sync.share import Meter, Proof, Share, fetch_patch
 from thinwire.sync.trust import Memory, Pinned, read_trust
 from thinwire.wire.chunks import ChunkMap
 from thinwire.wire.digests import Tree
-from thinwire.wire.manifest import Manifest, manifest_key
+from thinwire.wire.manifest import Manifest
 from thinwire.wire.patch import Patch
 
 __all__ = ["ShardedConsumer", "ShardedVersion"]
@@ -46,26 +44,12 @@ _log = logging.getLogger(__name__)
 _Hop = tuple[Manifest, Patch, Proof]
 
 
-class ShardedVersion:
+class ShardedVersion(Offered):
     """A version that is newer than the one held. What a share needs of it has been fetched; nothing is applied."""
 
     def __init__(self, consumer: ShardedConsumer, manifest: Manifest, hops: list[_Hop] | None, meter: Meter) -> None:
-        self._consumer, self.manifest, self._hops, self._meter = consumer, manifest, hops, meter
-
-    @property
-    def number(self) -> int:
-        """The version's number in the chain."""
-        return self.manifest.version
-
-    @property
-    def step(self) -> int | None:
-        """The trainer's step, as it was given to ``publish``."""
-        return self.manifest.step
-
-    @property
-    def metadata(self) -> Mapping[str, str]:
-        """The trainer's metadata, as they were given to ``publish``."""
-        return self.manifest.metadata
+        super().__init__(manifest)
+        self._consumer, self._hops, self._meter = consumer, hops, meter
 
     def apply(self, model: Entries, *, progress: Progress | None = None) -> ApplyResult:
         """Bring ``model`` to this version, in place; it must be the one that the consumer loaded or applied last.
@@ -84,11 +68,8 @@ class ShardedVersion:
         events.tell(self._consumer.observer, events.applied(result, self.manifest))
         return result
 
-    def __repr__(self) -> str:
-        return f"<ShardedVersion {self.number} step={self.step} state={self.manifest.state[:12]}>"
 
-
-class ShardedConsumer:
+class ShardedConsumer(Following[ShardedVersion]):
     """Follows versions that a :class:`~thinwire.ShardedPublisher` writes, for any sharding of its own, or none.
 
     A model may hold DTensors (FSDP2, tensor parallelism), plain tensors, or, as a dict, slices of tensors
@@ -99,7 +80,8 @@ class ShardedConsumer:
         store: as for :class:`~thinwire.Consumer`; one that can get ranges, too, or everything is fetched whole.
         partial: take the tensors that the model has, and no others (a pipeline stage, a few layers).
         group: ranks that go from version to version together (the replicas of one engine): a process group; their calls
-            are then collective, and each version is the newest that all of them see. None: this process alone.
+            are then collective, each version is the newest that all of them see, and all must apply what they are
+            given. None: this process alone.
         poll_s, retry_s, floor, threads, trust, memory, observer: as for :class:`~thinwire.Consumer`.
 
     >>> import torch, thinwire
@@ -143,20 +125,9 @@ class ShardedConsumer:
         )
         self._maps: dict[str, ChunkMap] = {}
         self._avoid: set[str] = set()
-        self._held: Manifest | None = None
         self._share: Share | None = None
         self._tree: Tree | None = None
         self._beside: dict[str, Cells] = {}
-
-    @property
-    def version(self) -> int | None:
-        """The version that the model is at; None before :meth:`load`."""
-        return None if self._held is None else self._held.version
-
-    @property
-    def digest(self) -> str | None:
-        """Digest of the whole state that the model is at, or is a part of."""
-        return None if self._held is None else self._held.state
 
     @property
     def share_bytes(self) -> int:
@@ -231,32 +202,8 @@ class ShardedConsumer:
             manifest.version, manifest.step, manifest.state, path, state.hops, meter.bytes, changed, seconds
         )
 
-    def _manifest(self, version: int) -> Manifest:
-        try:
-            return self._remote.manifest(version)
-        except ObjectNotFoundError as error:
-            raise NoPathError(f"there is no version {version} in this store", version=version) from error
-
-    def _wait_for_first(self, timeout_s: float) -> Manifest:
-        deadline = time.monotonic() + timeout_s
-        while True:
-            found = self._remote.newest()
-            if found is not None:
-                return found
-            left = deadline - time.monotonic()
-            if left <= 0:
-                raise StoreUnavailableError(
-                    f"no version has appeared in the store within {timeout_s:g} s; is the publisher running?"
-                )
-            time.sleep(min(jittered(self.poll_s), left))
-
     def _hold(self, manifest: Manifest, share: Share, tree: Tree) -> None:
         self._held, self._share, self._tree = manifest, share, tree
-
-    def _require_held(self) -> Manifest:
-        if self._held is None:
-            raise MisuseError("load a version first: consumer.load(model)")
-        return self._held
 
     # --- following -------------------------------------------------------------------------------------------------
 
@@ -293,31 +240,9 @@ class ShardedConsumer:
         agree(self.ranks, lambda: targets.append(fetch()))
         return ShardedVersion(self, targets[0], hops or None, meter)
 
-    def follow(self, *, every: bool = False, timeout_s: float | None = None) -> Iterator[ShardedVersion]:
-        """Yield each newer version as it appears, what is needed of it already fetched; blocks between them.
-
-        As :meth:`thinwire.Consumer.follow`. With a ``group``, all ranks must apply what they are given.
-        """
-        self._require_held()
-        last = time.monotonic()
-        while True:
-            version = self.poll(every=every)
-            if version is not None:
-                yield version
-                last = time.monotonic()
-                if self.version == version.number:
-                    continue
-            idle = time.monotonic() - last
-            if timeout_s is not None and min(self.ranks.gather(idle)) >= timeout_s:
-                return
-            self._wait()
-
-    def _wait(self) -> None:
-        held = self._require_held()
-        if isinstance(self.store, Notify):
-            self.store.wait_for(manifest_key(held.version + 1), timeout_s=jittered(self.poll_s))
-        else:
-            time.sleep(jittered(self.poll_s))
+    def _idle_s(self, mine: float) -> float:
+        shortest: float = min(self.ranks.gather(mine))
+        return shortest
 
     def _fetch_hops(self, target: Manifest, held: Manifest, meter: Meter) -> list[_Hop]:
         """The patches that lead from the version held to ``target``; none if an anchor is cheaper.

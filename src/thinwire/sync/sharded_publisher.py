@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import suppress
 from typing import Literal, overload
 
@@ -15,30 +15,23 @@ import torch.distributed as dist
 from thinwire.errors import (
     ConflictError,
     MisuseError,
-    ObjectExistsError,
-    ObjectNotFoundError,
     RetryError,
-    UnsafeStoreError,
 )
 from thinwire.stores import Store, open_store
-from thinwire.stores.probe import enforces_create
 from thinwire.sync.chunking import GROUP_CELLS
+from thinwire.sync.committing import Background, check_create, create_manifest, upload
 from thinwire.sync.encode import Options, Progress
 from thinwire.sync.events import Observer, observed, published, tell
 from thinwire.sync.pending import PublishReport, head_of, signed
 from thinwire.sync.ranks import Ranks, agree, ranks_of
 from thinwire.sync.remote import HINT_KEY, Remote, hint_bytes
-from thinwire.sync.retrying import retrying
 from thinwire.sync.sharded_making import Cut, Making, PartMaker, new_word
 from thinwire.sync.shards import Entries
-from thinwire.sync.trust import Keys, Pinned, Trust, now_ms, read_trust, signers_of
-from thinwire.wire.manifest import Manifest, ObjectRef, manifest_key
-from thinwire.wire.spec import HASHES, MANIFEST_BYTES_MAX
-from thinwire.wire.trust import TrustDocument
+from thinwire.sync.trust import Keys, Pinned, now_ms, pinned_by, signers_of
+from thinwire.wire.manifest import Manifest
+from thinwire.wire.spec import HASHES
 
 __all__ = ["ShardedPublisher"]
-
-_UPLOADS = 4
 
 
 class ShardedPublisher:
@@ -114,10 +107,8 @@ class ShardedPublisher:
         self.hash, self.single_publisher, self.retry_s = hash, single_publisher, retry_s
         self.anchor_ratio, self.anchor_every = anchor_ratio, anchor_every
         self._signers = signers_of(key) if self.ranks.rank == 0 else ()
-        pinned = None if trust is None else read_trust(trust)
-        if pinned is None and self._signers:
-            pinned = Trust(TrustDocument.of_keys([signer.public for signer in self._signers]))
         vouched = frozenset() if adopt is None else frozenset({adopt})
+        pinned = pinned_by(trust, self._signers)
         self._remote = Remote(self.store, retry_s=retry_s, trust=pinned, vouched=vouched, in_parts=True)
         self._opened = False
         self._head: Manifest | None = None
@@ -130,8 +121,7 @@ class ShardedPublisher:
             shard_bytes_max=shard_bytes_max,
         )
         self._pending: Making | None = None
-        self._background: Future[PublishReport] | None = None
-        self._pool: ThreadPoolExecutor | None = None
+        self._background = Background()
         self._lock = threading.Lock()
 
     @overload
@@ -172,12 +162,7 @@ class ShardedPublisher:
                 anchor_every=self.anchor_every,
                 progress=progress,
             )
-            if wait:
-                return self._commit()
-            if self._pool is None:
-                self._pool = ThreadPoolExecutor(1, thread_name_prefix="thinwire-publish")
-            self._background = self._pool.submit(self._commit)
-            return self._background
+            return self._commit() if wait else self._background.run(self._commit)
 
     def flush(self) -> PublishReport | None:
         """Wait for the version under way, trying again if it failed; its report, or None. On all ranks.
@@ -193,9 +178,7 @@ class ShardedPublisher:
         try:
             self.flush()
         finally:
-            if self._pool is not None:
-                self._pool.shutdown(wait=True)
-                self._pool = None
+            self._background.close()
 
     def __enter__(self) -> ShardedPublisher:
         return self
@@ -203,20 +186,14 @@ class ShardedPublisher:
     def __exit__(self, kind: object, error: object, trace: object) -> None:
         if kind is None:
             self.close()
-        elif self._pool is not None:  # after an error the other ranks may not be there to close with
-            self._pool.shutdown(wait=False)
+        else:  # after an error the other ranks may not be there to close with
+            self._background.close(wait=False)
 
     # --- the chain's end -------------------------------------------------------------------------------------------
 
     def _settle(self) -> PublishReport | None:
-        report = None
-        if self._background is not None:
-            background, self._background = self._background, None
-            with suppress(RetryError):
-                report = background.result()
-        if self._pending is not None:
-            report = self._commit()
-        return report
+        report = self._background.settle()
+        return report if self._pending is None else self._commit()
 
     def _open(self) -> None:
         if self._opened:
@@ -225,12 +202,8 @@ class ShardedPublisher:
         def look() -> tuple[int, str]:
             if self.ranks.rank != 0:
                 return 0, ""
-            if not self.single_publisher and not enforces_create(self.store):
-                raise UnsafeStoreError(
-                    f"{self.store.url} overwrites objects that were to be created only, so two publishers could both "
-                    "win a version. Use another store, or pass single_publisher=True if only one ever runs",
-                    store=self.store.url,
-                )
+            if not self.single_publisher:
+                check_create(self.store)
             head = head_of(self._remote)
             if head is not None and not head.parts:
                 raise MisuseError(
@@ -265,14 +238,20 @@ class ShardedPublisher:
         """Upload this rank's objects; when all ranks have, rank 0 creates the manifest."""
         pending, start = self._pending, time.perf_counter()
         assert pending is not None
-        agree(self.ranks, lambda: self._upload(pending))
+        agree(self.ranks, lambda: upload(self.store, pending, limit_s=self.retry_s))
         uploaded = time.perf_counter()
 
         def create() -> bytes:
             if self.ranks.rank != 0:
                 return b""
             manifest = signed(pending.manifest, self._remote, self._signers)
-            self._create_manifest(manifest)
+            if not create_manifest(self.store, manifest, limit_s=self.retry_s):
+                raise ConflictError(
+                    f"version {manifest.version} in {self.store.url} was written by another publisher. Nothing of this "
+                    "one was committed; start new publishers on all ranks to go on from the newest version",
+                    version=manifest.version,
+                    store=self.store.url,
+                )
             return manifest.encode()
 
         try:
@@ -310,44 +289,6 @@ class ShardedPublisher:
         )
         tell(self.observer, published(report, began=pending.began, uploading=start))
         return report
-
-    def _upload(self, pending: Making) -> None:
-        """Put the objects, several at once; those that are up are taken off the list even if others fail."""
-
-        def put(item: tuple[ObjectRef, list[bytes | memoryview]]) -> None:
-            ref, buffers = item
-            retrying(lambda: self.store.put(ref.key, buffers), limit_s=self.retry_s)
-
-        with ThreadPoolExecutor(min(_UPLOADS, max(len(pending.uploads), 1))) as pool:
-            futures = [(item, pool.submit(put, item)) for item in pending.uploads]
-        pending.uploads = [item for item, future in futures if future.exception() is not None]
-        for _, future in futures:
-            future.result()
-
-    def _create_manifest(self, manifest: Manifest) -> None:
-        key, data = manifest_key(manifest.version), manifest.encode()
-        later = retrying(lambda: next(iter(self.store.list("manifests/", start_after=key)), None), limit_s=self.retry_s)
-
-        def attempt() -> bool:
-            try:
-                self.store.create(key, [data])
-            except ObjectExistsError:
-                pass
-            except RetryError:
-                with suppress(ObjectNotFoundError):
-                    return self.store.get(key, size_max=MANIFEST_BYTES_MAX) == data
-                raise
-            else:
-                return True
-            return self.store.get(key, size_max=MANIFEST_BYTES_MAX) == data
-
-        if later is not None or not retrying(attempt, limit_s=self.retry_s):
-            raise ConflictError(
-                f"version {manifest.version} in {self.store.url} was written by another publisher. Nothing of this one "
-                "was committed; start new publishers on all ranks to go on from the newest version",
-                version=manifest.version,
-                store=self.store.url,
-            )
 
 
 def _delta_bytes(manifest: Manifest) -> int:

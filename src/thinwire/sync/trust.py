@@ -30,7 +30,7 @@ from thinwire.wire.signing import Signer, parse_public, sign
 from thinwire.wire.trust import TRUST_BYTES_MAX, PublicKey, Role, TrustDocument, trust_key
 
 __all__ = [
-    "Keys", "Memory", "Pinned", "Trust", "first_document", "next_document", "now_ms", "publish_document",
+    "Keys", "Memory", "Pinned", "Trust", "first_document", "next_document", "now_ms", "pinned_by", "publish_document",
     "read_public", "read_trust", "signers_of",
 ]  # fmt: skip
 
@@ -111,6 +111,13 @@ def signers_of(keys: Keys | None) -> tuple[Signer, ...]:
         return ()
     several = [keys] if isinstance(keys, str | os.PathLike) or not isinstance(keys, Sequence) else list(keys)
     return tuple(SigningKey.load(Path(key)) if isinstance(key, str | os.PathLike) else key for key in several)
+
+
+def pinned_by(trust: Pinned | None, signers: Sequence[Signer]) -> Trust | None:
+    """What a publisher trusts: what it was told, else its own keys; None without any."""
+    if trust is not None:
+        return read_trust(trust)
+    return Trust(TrustDocument.of_keys([signer.public for signer in signers])) if signers else None
 
 
 # --- what was seen -------------------------------------------------------------------------------------------------
