@@ -14,6 +14,7 @@ from tests.sharded.test_chunking import Spec
 from tests.sharded.threads import together
 from thinwire.crypto import SigningKey
 from thinwire.errors import ConflictError, MisuseError, NoPathError, RetryError, ThinwireError, UntrustedError
+from thinwire.stores import Store
 from thinwire.stores.memory import MemoryStore
 from thinwire.sync.collector import collect
 from thinwire.sync.consumer import Consumer
@@ -22,7 +23,7 @@ from thinwire.sync.sharded_consumer import ShardedConsumer
 from thinwire.sync.sharded_publisher import ShardedPublisher
 from thinwire.sync.shards import Slice, held_by
 from thinwire.sync.trust import Trust
-from thinwire.testing.faults import Fault, FaultyStore
+from thinwire.testing.faults import Fault, FaultyStore, Kind
 from thinwire.wire import canonical
 from thinwire.wire.digests import hasher
 from thinwire.wire.manifest import Manifest, manifest_key, state_of_parts
@@ -48,12 +49,36 @@ def begun(size: int, versions: int = 1, **options: Any) -> tuple[MemoryStore, Tr
 
 
 def reader(
-    store: MemoryStore, rank: int = 0, size: int = 1, names: tuple[str, ...] = ("a", "b", "n"), **options: Any
+    store: Store, rank: int = 0, size: int = 1, names: tuple[str, ...] = ("a", "b", "n"), **options: Any
 ) -> tuple[ShardedConsumer, dict[str, Slice]]:
     mine = empty_like(shards({name: first_state()[name] for name in names}, SPEC, rank, size))
     consumer = ShardedConsumer(store, partial=True, threads=1, retry_s=0.2, **options)
     consumer.load(mine)
     return consumer, mine
+
+
+# --- following -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["flip", "short", "missing", "swap"])
+def test_what_was_damaged_however_often_it_was_asked_for_is_asked_for_again_later(kind: Kind) -> None:
+    inner, trainer, states = begun(2)
+    bad = False
+    store = FaultyStore(inner, lambda done: kind if bad and done.key.startswith("objects/") else None)
+    consumer, mine = reader(store)
+    trainer.publish(moved(states[0], 1), step=1)
+    bad = True
+    version = consumer.poll()
+    assert version is not None
+    with pytest.raises(NoPathError):
+        version.apply(mine)
+    assert consumer.version == 1
+    assert same_bits(mine, states[0])
+    bad = False
+    version = consumer.poll()
+    assert version is not None
+    assert version.apply(mine).path == "delta"
+    assert same_bits(mine, moved(states[0], 1))
 
 
 # --- publishing ----------------------------------------------------------------------------------------------------

@@ -234,6 +234,7 @@ class ShardedConsumer(Following[ShardedVersion]):
                 hops.extend(self._fetch_hops(target, held, meter))
             except NoPathError:
                 hops.clear()  # apply() will say so, with the reason
+                self._avoid.clear()  # what was damaged on its way may be whole by then, or at the next look
             return target
 
         targets: list[Manifest] = []
