@@ -22,16 +22,16 @@ import queue
 import secrets
 import select
 import socket
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
 
 from thinwire.errors import MisuseError, RetryError
 from thinwire.integrations.generation import BusyError, Generator, Job
 from thinwire.integrations.openai_api import Asked, chunk, document, parse_body, read_request, version_of
+from thinwire.peers.http_server import BoundedServer
 
 __all__ = ["Server"]
 
@@ -48,7 +48,7 @@ class _HTTPError(Exception):
         self.code, self.param, self.headers = code, param, headers or {}
 
 
-class Server(ThreadingHTTPServer):
+class Server(BoundedServer):
     """Answers HTTP requests; ``serve_forever`` until ``shutdown``.
 
     Args:
@@ -64,10 +64,6 @@ class Server(ThreadingHTTPServer):
     Raises:
         MisuseError: the address and port cannot be had.
     """
-
-    daemon_threads = True
-    request_queue_size = 128
-    allow_reuse_address = True
 
     def __init__(
         self,
@@ -85,33 +81,11 @@ class Server(ThreadingHTTPServer):
     ) -> None:
         self.generator, self.name, self.api_key, self.metrics = generator, name, api_key, metrics
         self.timeout_s, self.read_timeout_s, self.body_bytes_max = timeout_s, read_timeout_s, body_bytes_max
-        self._room = threading.BoundedSemaphore(connections_max)
         self.address_family = socket.AF_INET6 if ":" in address else socket.AF_INET
         try:
-            super().__init__((address, port), _Handler)
+            super().__init__((address, port), _Handler, connections_max=connections_max)
         except OSError as error:
             raise MisuseError(f"cannot listen on {address} port {port}: {error}", port=port) from error
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        """Begin a thread for a connection, if there is room for one."""
-        if not self._room.acquire(blocking=False):
-            with suppress(OSError):
-                request.settimeout(1.0)
-                request.sendall(b"HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\nContent-Length: 0\r\n\r\n")
-            self.shutdown_request(request)
-            return
-        super().process_request(request, client_address)
-
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
-        """A connection's thread."""
-        try:
-            super().process_request_thread(request, client_address)
-        finally:
-            self._room.release()
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """A connection that broke is no news."""
-        _log.debug("the connection %s from %s ended by an error", request, client_address, exc_info=True)
 
     def state(self) -> dict[str, Any]:
         """What is served, for ``/healthz``."""

@@ -21,11 +21,12 @@ import time
 from collections import OrderedDict
 from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPException
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
 from urllib.parse import parse_qsl, quote_from_bytes, unquote_to_bytes
 
 from thinwire.errors import MalformedError, MisuseError, RetryError
+from thinwire.peers.http_server import BoundedServer
 
 __all__ = [
     "HINT_KEY",
@@ -240,29 +241,10 @@ def _compact(host: str, port: int) -> bytes:
     return address.packed + port.to_bytes(2, "big")
 
 
-class _Server(ThreadingHTTPServer):
-    daemon_threads = True
-    request_queue_size = 128
-
+class _Server(BoundedServer):
     def __init__(self, address: tuple[str, int]) -> None:
         self.swarms, self.tickets = _Table(), _Table()
-        self._free = threading.BoundedSemaphore(_REQUESTS_MAX)
-        super().__init__(address, _Handler)
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        if not self._free.acquire(blocking=False):  # rather one peer too few than a thread for everybody
-            self.shutdown_request(request)
-            return
-        super().process_request(request, client_address)
-
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
-        try:
-            super().process_request_thread(request, client_address)
-        finally:
-            self._free.release()
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Nothing: whoever hangs up or sends rubbish gets no answer, and there is nothing to do about it."""
+        super().__init__(address, _Handler, connections_max=_REQUESTS_MAX)
 
 
 class Rendezvous:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import logging
 import os
-import random
 import shutil
 import tempfile
 import threading
@@ -25,6 +24,7 @@ from pathlib import Path
 from typing import Any, final
 
 from thinwire.errors import MalformedError, MisuseError, RefetchError, RetryError, ThinwireError
+from thinwire.peers.download import LOOK_S, Download, Torrent
 from thinwire.peers.metainfo import DESCRIPTION_SUFFIX, Description, describe, description_bytes_max
 from thinwire.peers.protocol import Blob, Origin, Progress
 from thinwire.peers.rendezvous import (
@@ -40,9 +40,7 @@ __all__ = ["Swarm"]
 
 _log = logging.getLogger(__name__)
 _KEY_LENGTH_MAX = 512
-_LOOK_S, _FLUSH_S, _HINT_S = 0.02, 10.0, 10.0
-_RESCUE_BYTES_MIN, _RESCUE_BYTES, _RESCUE_BYTES_MAX = 64 << 10, 1 << 20, 8 << 20
-_SLOW_BYTES_S, _SLOW_S = 64 << 10, 4.0
+_FLUSH_S, _HINT_S = 10.0, 10.0
 _SETTINGS: dict[str, Any] = {
     "enable_dht": False,
     "enable_lsd": False,
@@ -92,15 +90,6 @@ def _libtorrent() -> Any:
     except ImportError as error:
         raise MisuseError("a swarm needs the package libtorrent: pip install 'thinwire[swarm]'") from error
     return libtorrent
-
-
-class _Torrent:
-    """An object in the swarm, whole or on its way."""
-
-    def __init__(self, key: str, description: Description, handle: Any) -> None:
-        self.key, self.description, self.handle = key, description, handle
-        self.whole = False
-        self.waiting = 0
 
 
 class _Engine:
@@ -168,7 +157,7 @@ class Swarm:
         self._publishing = self._left = self._hinted = False
         self._engine = _Engine()
         self._lock = threading.RLock()
-        self._torrents: OrderedDict[str, _Torrent] = OrderedDict()
+        self._torrents: OrderedDict[str, Torrent] = OrderedDict()
         self._meeting: tuple[float, list[str]] = (float("-inf"), [])
         self._refused: OrderedDict[str, None] = OrderedDict()
         self.rescued_bytes = 0
@@ -234,7 +223,7 @@ class Swarm:
                     torrent.handle.replace_trackers([{"url": f"http://{a}/announce", "tier": 0} for a in found])
         return found
 
-    def _add(self, key: str, description: Description, *, whole: bool) -> _Torrent:
+    def _add(self, key: str, description: Description, *, whole: bool) -> Torrent:
         lt, session = _libtorrent(), self._session()
         trackers = self._trackers()
         params = lt.load_torrent_buffer(description.encode())
@@ -247,7 +236,7 @@ class Swarm:
         with self._lock:
             found = self._torrents.get(key)
             if found is None:
-                found = _Torrent(key, description, session.add_torrent(params))
+                found = Torrent(key, description, session.add_torrent(params))
                 found.whole = whole
                 self._torrents[key] = found
             self._torrents.move_to_end(key)
@@ -344,7 +333,7 @@ class Swarm:
             torrent.waiting += 1
         try:
             if not torrent.whole:
-                _Download(self, torrent, stall_s, progress).wait()
+                self._download(torrent, stall_s, progress).wait()
             return self._read(torrent, progress)
         except (RuntimeError, OSError) as error:  # libtorrent's own, and the disk's
             if not self._left:
@@ -358,7 +347,18 @@ class Swarm:
                 torrent.waiting -= 1
             self._trim()
 
-    def _read(self, torrent: _Torrent, progress: Progress) -> bytes:
+    def _download(self, torrent: Torrent, stall_s: float, progress: Progress) -> Download:
+        assert self._origin is not None
+        return Download(
+            torrent, self._origin, rescue_s=self._rescue_s, stall_s=stall_s, progress=progress,
+            left=lambda: self._left, rescued=self._rescued,
+        )  # fmt: skip
+
+    def _rescued(self, size: int) -> None:
+        with self._lock:
+            self.rescued_bytes += size
+
+    def _read(self, torrent: Torrent, progress: Progress) -> bytes:
         """The bytes of a torrent that is whole. libtorrent may still be writing: pieces are compared once more."""
         deadline, said = time.monotonic() + _FLUSH_S, 0
         if not torrent.whole:
@@ -379,7 +379,7 @@ class Swarm:
                 raise RetryError(f"{torrent.key} came, and cannot be read back from {self._engine.folder}")
             said += 1
             progress(torrent.description.size + said)
-            time.sleep(_LOOK_S)
+            time.sleep(LOOK_S)
 
     def distrust(self, key: str) -> None:
         """Not asked for in this swarm any more: its description is of other bytes than its manifest."""
@@ -400,81 +400,3 @@ class Swarm:
                 file.unlink(missing_ok=True)
             if files:
                 files[0].parent.rmdir()  # a folder that was given stays if there is more in it
-
-
-class _Download:
-    """One object on its way: waits, and reads from the store what does not come."""
-
-    def __init__(self, swarm: Swarm, torrent: _Torrent, stall_s: float, progress: Progress) -> None:
-        self._swarm, self._torrent, self._stall_s, self._progress = swarm, torrent, stall_s, progress
-        self._rescue: threading.Thread | None = None
-        self._rescue_bytes = min(max(torrent.description.size // 16, _RESCUE_BYTES_MIN), _RESCUE_BYTES)
-        self._next_rescue_s = swarm._rescue_s
-
-    def wait(self) -> None:
-        """Until it is whole.
-
-        Raises:
-            RetryError: nothing comes any more, or this swarm was left.
-        """
-        handle, done, moved = self._torrent.handle, -1, time.monotonic()
-        slow_since, slow_from = moved, 0
-        while True:
-            if self._swarm._left:
-                raise RetryError("this swarm was left")
-            status = handle.status(0)
-            now = time.monotonic()
-            if status.errc.value():
-                raise RetryError(f"{self._torrent.key} was not got from the swarm: {status.errc.message()}")
-            if status.is_seeding or self._torrent.whole:
-                return
-            if status.total_done > done:
-                done, moved = status.total_done, now
-                self._progress(done)
-            if now - slow_since > _SLOW_S:
-                too_slow = done - slow_from < _SLOW_BYTES_S * _SLOW_S
-                slow_since, slow_from = now, done
-            else:
-                too_slow = False
-            if now - moved > self._stall_s:
-                raise RetryError(f"nothing of {self._torrent.key} has come for {self._stall_s:g} s")
-            if (now - moved > self._next_rescue_s or too_slow) and not self._rescuing():
-                self._begin_rescue(nobody_else=now - moved > 2 * self._swarm._rescue_s or too_slow)
-            time.sleep(_LOOK_S)
-
-    def _rescuing(self) -> bool:
-        return self._rescue is not None and self._rescue.is_alive()
-
-    def _begin_rescue(self, *, nobody_else: bool) -> None:
-        """Read some missing pieces from the store: those that no peer has, or any if who has them does not send."""
-        lt, handle = _libtorrent(), self._torrent.handle
-        have = handle.status(lt.torrent_handle.query_pieces).pieces
-        missing = [n for n, there in enumerate(have) if not there]
-        held = handle.piece_availability()
-        lonely = missing if nobody_else or not held else [n for n in missing if not held[n]]
-        if not lonely:
-            return
-        chosen, wanted = [random.choice(lonely)], set(lonely)
-        while len(chosen) * self._torrent.description.piece_bytes < self._rescue_bytes and chosen[-1] + 1 in wanted:
-            chosen.append(chosen[-1] + 1)
-        self._rescue = threading.Thread(target=self._read_pieces, args=(chosen,), name="thinwire-rescue", daemon=True)
-        self._rescue.start()
-
-    def _read_pieces(self, pieces: list[int]) -> None:
-        description, origin = self._torrent.description, self._swarm._origin
-        assert origin is not None
-        start, length = description.span(pieces[0], len(pieces))
-        try:
-            data = memoryview(origin.get_range(self._torrent.key, start, length))
-            for piece in pieces:
-                at, size = description.span(piece)
-                part = data[at - start : at - start + size]
-                if not description.agrees(piece, part):
-                    raise RetryError("the store's bytes are not what the publisher described")
-                self._torrent.handle.add_piece(piece, bytes(part), 0)
-            self._swarm.rescued_bytes += length
-            self._rescue_bytes = min(2 * self._rescue_bytes, _RESCUE_BYTES_MAX)
-            self._next_rescue_s = _LOOK_S * 5  # nobody has it: no use in waiting as long for the next
-        except (ThinwireError, RuntimeError) as error:
-            _log.info("pieces of %s were not to be had from the store: %s", self._torrent.key, error)
-            self._next_rescue_s = self._swarm._rescue_s
