@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,23 +12,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.stores.caching import KEY, counted, files
 from thinwire.errors import (
     DamagedObjectError,
     MisuseError,
     ObjectNotFoundError,
     RefetchError,
-    StoreUnavailableError,
     ThinwireError,
 )
 from thinwire.stores.cached import CachedStore, cached
 from thinwire.stores.encrypted import EncryptedStore
 from thinwire.stores.local import LocalStore
 from thinwire.stores.memory import MemoryStore
-from thinwire.stores.protocol import Distrust, Notify, Store
-from thinwire.testing.faults import Fault, FaultyStore
+from thinwire.stores.protocol import Distrust, Store
+from thinwire.testing.faults import FaultyStore
 from thinwire.testing.stores import StoreContract
-
-KEY = "objects/0000000001-abc/delta.safetensors"
 
 
 class TestContract(StoreContract):
@@ -52,17 +47,6 @@ class TestContractOfWhatIsKeptForEver(StoreContract):
     @pytest.fixture
     def store(self, tmp_path: Path) -> CachedStore:
         return CachedStore(FaultyStore(MemoryStore()), tmp_path, immutable=".+")  # an inner store without wait_for
-
-
-def counted(**keys: bytes) -> tuple[MemoryStore, FaultyStore]:
-    inner = MemoryStore()
-    for key, data in keys.items():
-        inner.put(key, [data])
-    return inner, FaultyStore(inner)
-
-
-def files(folder: Path) -> list[Path]:
-    return sorted(path for path in (folder / "v1" / "entries").rglob("*") if path.is_file())
 
 
 # --- what is kept, and for how long --------------------------------------------------------------------------------
@@ -183,149 +167,6 @@ def test_what_is_done_through_a_cache_is_as_without_one(operations: list[tuple[s
             assert outcome(cached, verb, key, data) == outcome(plain, verb, key, data), (verb, key, data)
 
 
-# --- many at once --------------------------------------------------------------------------------------------------
-
-
-def test_threads_that_ask_at_once_make_one_request(tmp_path: Path) -> None:
-    _, origin = counted(**{KEY: b"patch"})
-    slow = FaultyStore(origin, latency_s=0.3)
-    shared, got = CachedStore(slow, tmp_path), []
-    stores = [shared] * 6 + [CachedStore(slow, tmp_path) for _ in range(6)]
-    threads = [threading.Thread(target=lambda s=s: got.append(s.get(KEY, size_max=9))) for s in stores]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(timeout=60)
-    assert got == [b"patch"] * 12
-    assert origin.count("get") == 1
-
-
-WORKER = """
-import sys, time
-from pathlib import Path
-from thinwire.stores.cached import CachedStore, cached
-from thinwire.stores.local import LocalStore
-from thinwire.testing.faults import FaultyStore
-
-root, how, index = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
-origin = FaultyStore(LocalStore(root / "origin", fsync=False))
-
-class Logged:  # every request of any process is a file
-    url, create_is_atomic = origin.url, True
-    def get(self, key, *, size_max):
-        (root / "asked" / f"{key.replace('/', '-')} {index}").touch()
-        if how == "hang":
-            print("asking", flush=True)
-            time.sleep(600)
-        time.sleep(0.2)
-        return origin.get(key, size_max=size_max)
-
-store = CachedStore(Logged(), root / "cache", patience_s=float(sys.argv[4]))
-while not (root / "go").exists():
-    time.sleep(0.005)
-for number in range(4):
-    key = f"objects/{number}"
-    assert store.get(key, size_max=1 << 20) == bytes([number]) * 1000, key
-print("done")
-"""
-
-
-def start(root: Path, index: int, how: str = "work", patience_s: float = 60) -> subprocess.Popen[str]:
-    for name in ("asked", "origin"):
-        (root / name).mkdir(exist_ok=True)
-    words = [sys.executable, "-c", WORKER, str(root), how, str(index), str(patience_s)]
-    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def fill(root: Path) -> None:
-    origin = LocalStore(root / "origin", fsync=False)
-    for number in range(4):
-        origin.put(f"objects/{number}", [bytes([number]) * 1000])
-
-
-def ended(processes: list[subprocess.Popen[str]]) -> None:
-    for process in processes:
-        out, err = process.communicate(timeout=60)
-        assert (process.returncode, out) == (0, "done\n"), err
-
-
-def test_processes_that_ask_at_once_make_one_request_a_key(tmp_path: Path) -> None:
-    fill(tmp_path)
-    processes = [start(tmp_path, index) for index in range(4)]
-    (tmp_path / "go").touch()
-    ended(processes)
-    asked = sorted(path.name.split()[0] for path in (tmp_path / "asked").iterdir())
-    assert asked == [f"objects-{number}" for number in range(4)]
-
-
-def test_a_worker_that_is_killed_while_it_asks_holds_nobody_up(tmp_path: Path) -> None:
-    fill(tmp_path)
-    (tmp_path / "go").touch()
-    killed = start(tmp_path, 0, "hang")
-    assert killed.stdout is not None
-    assert killed.stdout.readline() == "asking\n"
-    waiting = start(tmp_path, 1)
-    time.sleep(0.5)
-    killed.kill()
-    killed.wait(timeout=30)
-    ended([waiting])
-    asked = {path.name for path in (tmp_path / "asked").iterdir()}
-    assert asked == {"objects-0 0", *(f"objects-{number} 1" for number in range(4))}
-
-
-def test_a_worker_that_hangs_while_it_asks_is_waited_for_no_longer_than_said(tmp_path: Path) -> None:
-    fill(tmp_path)
-    (tmp_path / "go").touch()
-    hanging = start(tmp_path, 0, "hang")
-    try:
-        assert hanging.stdout is not None
-        assert hanging.stdout.readline() == "asking\n"
-        ended([start(tmp_path, 1, patience_s=0.3)])
-    finally:
-        hanging.kill()
-        hanging.communicate(timeout=30)
-
-
-def test_an_error_is_everybodys_who_waited_and_nobodys_who_comes_later(tmp_path: Path) -> None:
-    _, origin = counted(**{KEY: b"patch"})
-    flaky = FaultyStore(origin, [Fault("get", 1, "unavailable")], latency_s=0.3)
-    store, got = CachedStore(flaky, tmp_path), []
-
-    def ask() -> None:
-        try:
-            got.append(store.get(KEY, size_max=9))
-        except StoreUnavailableError as error:
-            got.append(str(error))
-
-    threads = [threading.Thread(target=ask) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(timeout=60)
-    assert got == [f"planned: get of {KEY} not answered"] * 4
-    assert store.get(KEY, size_max=9) == b"patch"
-
-
-def test_those_who_wait_are_woken_by_the_first_who_gets_it(tmp_path: Path) -> None:
-    inner, origin = counted()
-    stores = [CachedStore(origin, tmp_path, fresh_s=0) for _ in range(3)]
-    assert all(isinstance(store, Notify) for store in stores)
-    assert not isinstance(origin, Notify)
-    woken: list[bool] = []
-    waiting = [
-        threading.Thread(target=lambda s=s: woken.append(s.wait_for("manifests/2", timeout_s=60))) for s in stores
-    ]
-    for thread in waiting:
-        thread.start()
-    inner.put("manifests/2", [b"{}"])
-    assert not stores[0].wait_for("manifests/2", timeout_s=0.05)  # nobody has asked
-    assert stores[0].get("manifests/2", size_max=2) == b"{}"
-    for thread in waiting:
-        thread.join(timeout=60)
-    assert woken == [True] * 3
-    assert origin.count("get") == 1
-
-
 # --- damage --------------------------------------------------------------------------------------------------------
 
 
@@ -402,148 +243,6 @@ def test_who_distrusts_what_another_has_replaced_since_drops_nothing(tmp_path: P
     second.distrust(KEY)
     assert second.get(KEY, size_max=99) == b"mended"
     assert origin.count("get") == 2
-
-
-# --- room ----------------------------------------------------------------------------------------------------------
-
-
-def test_what_was_used_last_stays_and_the_limit_is_kept(tmp_path: Path) -> None:
-    _, origin = counted(**{f"objects/{n}": bytes([n]) * 1000 for n in range(40)})
-    store = CachedStore(origin, tmp_path, bytes_max=12_000)
-    for n in range(40):
-        store.get(f"objects/{n}", size_max=1000)
-        for path in files(tmp_path):  # as if it had been a minute ago
-            facts = path.stat()
-            os.utime(path, (facts.st_atime, facts.st_mtime - 60))
-        assert store.get("objects/0", size_max=1000) == bytes(1000)
-        assert sum(path.stat().st_size for path in files(tmp_path)) <= 12_000 * 17 // 16 + 1100
-    before = origin.count("get")
-    store.get("objects/0", size_max=1000)
-    assert origin.count("get") == before == 40
-    store.get("objects/1", size_max=1000)
-    assert origin.count("get") == before + 1
-
-
-def test_an_object_that_is_too_large_to_keep_is_got_all_the_same(tmp_path: Path) -> None:
-    _, origin = counted(**{KEY: bytes(1000)})
-    store = CachedStore(origin, tmp_path, bytes_max=1500)
-    for times in (1, 2):
-        assert store.get(KEY, size_max=1000) == bytes(1000)
-        assert origin.count("get") == times
-    with pytest.raises(DamagedObjectError):
-        store.get(KEY, size_max=999)
-
-
-def test_a_reader_keeps_what_is_evicted_meanwhile(tmp_path: Path) -> None:
-    """One reads, and another writes so much that entries go all the time."""
-    size = 200_000
-    _, origin = counted(**{f"objects/{n}": bytes([n]) * size for n in range(8)})
-    done, wrong = threading.Event(), []
-
-    def churn() -> None:
-        store = CachedStore(origin, tmp_path, bytes_max=3 * size)
-        for k in range(60):
-            store.get(f"objects/{k % 8}", size_max=size)
-        done.set()
-
-    def read() -> None:
-        store = CachedStore(origin, tmp_path, bytes_max=3 * size)
-        while not done.is_set():
-            for n in range(8):
-                if store.get(f"objects/{n}", size_max=size) != bytes([n]) * size:
-                    wrong.append(n)
-
-    threads = [threading.Thread(target=target) for target in (churn, read)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(timeout=60)
-    assert done.is_set()
-    assert wrong == []
-
-
-LIMITED = """
-import resource, sys
-from thinwire.stores.cached import CachedStore, cached
-from thinwire.stores.local import LocalStore
-resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
-store = CachedStore(LocalStore(sys.argv[1]), sys.argv[2])
-for _ in range(2):
-    assert store.get("objects/large", size_max=1 << 20) == bytes(100_000)
-    assert store.get("objects/small", size_max=1 << 20) == b"small"
-print("done")
-"""
-
-
-def test_a_disk_without_room_is_as_no_cache(tmp_path: Path) -> None:
-    origin = LocalStore(tmp_path / "origin", fsync=False)
-    origin.put("objects/large", [bytes(100_000)])
-    origin.put("objects/small", [b"small"])
-    words = [sys.executable, "-c", LIMITED, str(tmp_path / "origin"), str(tmp_path / "cache")]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
-    assert done.stderr.count("cannot be written") == 1
-    assert not list((tmp_path / "cache").rglob("tmp/*"))
-
-
-def test_a_folder_that_is_none_is_as_no_cache(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    (tmp_path / "file").write_text("not a folder")
-    _, origin = counted(**{KEY: b"patch"})
-    store = CachedStore(origin, tmp_path / "file")
-    for _ in range(3):
-        assert store.get(KEY, size_max=9) == b"patch"
-        store.put("a", [b"x"])
-        store.distrust(KEY)
-        assert [info.key for info in store.list("a")] == ["a"]
-    assert "cannot be written" in caplog.text
-
-
-READ_ONLY = """
-import os, sys
-from thinwire.stores.cached import CachedStore, cached
-from thinwire.stores.local import LocalStore
-if os.getuid() == 0:
-    os.setuid(65534)
-store = CachedStore(LocalStore(sys.argv[1]), sys.argv[2])
-assert store.get("objects/kept", size_max=9) == b"kept"
-assert store.get("objects/new", size_max=9) == b"new"
-print("done")
-"""
-
-
-def test_a_folder_that_may_only_be_read_is_read(tmp_path: Path) -> None:
-    with tempfile.TemporaryDirectory(dir="/tmp") as name:  # which anybody may enter, unlike pytest's
-        root = Path(name)
-        root.chmod(0o755)
-        origin = LocalStore(root / "origin", fsync=False)
-        origin.put("objects/kept", [b"kept"])
-        origin.put("objects/new", [b"new"])
-        CachedStore(origin, root / "cache").get("objects/kept", size_max=9)
-        origin.delete("objects/kept")  # so that it can only come from the cache
-        for path in sorted((root / "cache").rglob("*"), reverse=True):
-            path.chmod(0o555 if path.is_dir() else 0o444)
-        words = [sys.executable, "-c", READ_ONLY, str(root / "origin"), str(root / "cache")]
-        done = subprocess.run(words, capture_output=True, text=True, timeout=60)
-        for path in (root / "cache").rglob("*"):
-            path.chmod(0o755)
-        assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
-
-
-def test_what_killed_writers_left_is_cleared_away(tmp_path: Path) -> None:
-    _, origin = counted(**{KEY: b"patch", "objects/2": b"2"})
-    CachedStore(origin, tmp_path).get(KEY, size_max=9)
-    old = time.time() - 8 * 86400
-    for name in ("tmp", "locks"):
-        (tmp_path / "v1" / name).mkdir(exist_ok=True)
-        for age, leftover in ((old, "old"), (time.time(), "new")):
-            (tmp_path / "v1" / name / leftover).write_bytes(b"x")
-            os.utime(tmp_path / "v1" / name / leftover, (age, age))
-    (entry,) = files(tmp_path)
-    os.utime(entry, (old, old))  # and an entry that nobody has used for a week
-    CachedStore(origin, tmp_path).get("objects/2", size_max=9)
-    for name in ("tmp", "locks"):
-        assert [path.name for path in (tmp_path / "v1" / name).iterdir()] == ["new"]
-    assert entry not in files(tmp_path)
 
 
 # --- around other stores -------------------------------------------------------------------------------------------
