@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import thinwire
+from tests.integrations.chains import CHAINS
 from tests.integrations.engines import Engine, checkpoint
 from thinwire.errors import DamagedObjectError, MisuseError, NoPathError
 from thinwire.integrations.runtime_map import probe
@@ -23,6 +23,12 @@ from thinwire.sync.layout import Layout
 from thinwire.tensors.bits import cells_of, dtype_of_tensor, shape_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(params=CHAINS)
+def chain(request: pytest.FixtureRequest) -> Any:
+    """Makes a publisher: of whole versions, or ranks that publish them in parts."""
+    return CHAINS[request.param]
 
 
 def layouts_of(tensors: dict[str, Tensor]) -> dict[str, Layout]:
@@ -50,9 +56,9 @@ def loaded(weights: dict[str, Tensor], rank: int, ranks: int) -> Engine:
 
 
 @pytest.mark.parametrize(("rank", "ranks"), [(0, 1), (0, 2), (1, 2)])
-def test_an_engine_follows_a_chain_as_if_it_had_loaded_each_version(rank: int, ranks: int) -> None:
+def test_an_engine_follows_a_chain_as_if_it_had_loaded_each_version(chain: Any, rank: int, ranks: int) -> None:
     store, weights = MemoryStore(), checkpoint(0)
-    publisher = thinwire.Publisher(store, anchor_ratio=100)
+    publisher = chain(store, anchor_ratio=100)
     publisher.publish(weights, step=0)
     engine = Engine(rank=rank, ranks=ranks)
     places = {name: tensor.data_ptr() for name, tensor in engine.tensors.items()}
@@ -94,9 +100,9 @@ def test_probing_leaves_the_engine_as_it_was_and_finds_every_element() -> None:
     assert [p.source_columns.tolist() for p in found.pieces["model.layers.0.o_proj.weight"]] == [list(range(8, 16))]
 
 
-def test_several_versions_at_once_go_in_as_one_and_a_swap_may_wait() -> None:
+def test_several_versions_at_once_go_in_as_one_and_a_swap_may_wait(chain: Any) -> None:
     store, weights = MemoryStore(), checkpoint(1)
-    publisher = thinwire.Publisher(store, anchor_ratio=100)
+    publisher = chain(store, anchor_ratio=100)
     publisher.publish(weights)
     engine = Engine()
     sync = RuntimeSync(store, engine.tensors, engine.load_weights)
@@ -119,9 +125,9 @@ def test_several_versions_at_once_go_in_as_one_and_a_swap_may_wait() -> None:
         sync.prepare(version=9)
 
 
-def test_an_anchor_in_between_is_written_whole() -> None:
+def test_an_anchor_in_between_is_written_whole(chain: Any) -> None:
     store, weights = MemoryStore(), checkpoint(2)
-    publisher = thinwire.Publisher(store, anchor_every=1)
+    publisher = chain(store, anchor_every=1)
     publisher.publish(weights)
     engine = Engine()
     sync = RuntimeSync(store, engine.tensors, engine.load_weights)
@@ -148,9 +154,9 @@ class Odd(Engine):
         parameter.data.copy_(tensor.flip(0, 1) if parameter.shape[1] == 16 else tensor)  # permuted, yet copied
 
 
-def test_what_the_loader_computes_goes_through_it_and_the_rest_does_not() -> None:
+def test_what_the_loader_computes_goes_through_it_and_the_rest_does_not(chain: Any) -> None:
     store, weights = MemoryStore(), checkpoint(3)
-    publisher = thinwire.Publisher(store, anchor_ratio=100)
+    publisher = chain(store, anchor_ratio=100)
     publisher.publish(weights)
     engine, asked = Odd(), []
 
@@ -182,10 +188,10 @@ def test_what_the_loader_computes_goes_through_it_and_the_rest_does_not() -> Non
     assert bits(engine) == bits(oracle)
 
 
-def test_a_checkpoint_of_another_type_is_loaded_through_the_loader() -> None:
+def test_a_checkpoint_of_another_type_is_loaded_through_the_loader(chain: Any) -> None:
     weights = checkpoint(0, dtype=torch.float32)
     store, engine = MemoryStore(), Engine()
-    thinwire.Publisher(store).publish(weights)
+    chain(store).publish(weights)
     sync = RuntimeSync(store, engine.tensors, engine.load_weights)
     sync.open()
     assert "model.layers.0.q_proj.weight" in sync.map.unmapped
@@ -207,9 +213,9 @@ def test_a_loader_that_takes_nothing_or_fails_is_refused_and_the_engine_is_as_it
         sync.prepare()
 
 
-def test_preparing_and_swapping_in_two_threads_never_mixes_versions() -> None:
+def test_preparing_and_swapping_in_two_threads_never_mixes_versions(chain: Any) -> None:
     store, weights = f"memory://{uuid.uuid4().hex}", checkpoint(4)
-    publisher = thinwire.Publisher(store, anchor_ratio=1000)
+    publisher = chain(store, anchor_ratio=1000)
     publisher.publish(weights)
     engine = Engine()
     sync = RuntimeSync(store, engine.tensors, engine.load_weights)

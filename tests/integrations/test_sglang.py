@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import thinwire
+from tests.integrations.chains import CHAINS
 from tests.integrations.engines import Engine, checkpoint
 from tests.integrations.test_runtime import bits, loaded, stepped
 from thinwire.errors import MalformedError, RetryError
@@ -35,9 +36,10 @@ class Sglang:
         self.flushed += flush_cache
 
 
-def test_it_follows_a_chain_as_if_it_had_loaded_each_version(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", CHAINS)
+def test_it_follows_a_chain_as_if_it_had_loaded_each_version(tmp_path: Path, kind: str) -> None:
     store, weights = str(tmp_path / "store"), checkpoint(0)
-    publisher = thinwire.Publisher(store, anchor_ratio=100)
+    publisher = CHAINS[kind](store, anchor_ratio=100)
     publisher.publish(weights, step=7)
     engine = Sglang()
     follower = sglang_loader.Follower(engine, store, reports=tmp_path)
@@ -62,9 +64,10 @@ def test_it_follows_a_chain_as_if_it_had_loaded_each_version(tmp_path: Path) -> 
         follower.verify()
 
 
-def test_what_goes_wrong_in_a_rank_is_told_and_does_not_end_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", CHAINS)
+def test_what_goes_wrong_in_a_rank_is_told_and_does_not_end_it(tmp_path: Path, kind: str) -> None:
     store, weights = str(tmp_path / "store"), checkpoint(0)
-    publisher = thinwire.Publisher(store, anchor_ratio=100)
+    publisher = CHAINS[kind](store, anchor_ratio=100)
     publisher.publish(weights)
     engine: Any = Sglang()
     follower = sglang_loader.Follower(engine, store, retry_s=0.0)

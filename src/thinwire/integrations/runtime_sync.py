@@ -35,22 +35,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-from thinwire.chain.plan import Hop
-from thinwire.errors import DamagedObjectError, MisuseError, NoPathError
+from thinwire.errors import DamagedObjectError, MisuseError
 from thinwire.integrations.runtime_map import IndexMap, Load, Write, probe
-from thinwire.sync.consumer import ApplyResult, Consumer, Version
-from thinwire.sync.encode import Progress
-from thinwire.sync.host import HostState
-from thinwire.sync.target import Target
-from thinwire.tensors.bits import tensor_of
+from thinwire.integrations.runtime_mirror import Mirror, WholeMirror, chosen
+from thinwire.tensors.bits import cells_of
 
 __all__ = ["RuntimeSync", "SwapReport"]
 
 _log = logging.getLogger(__name__)
-_Where = npt.NDArray[np.int64] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,66 +67,6 @@ class SwapReport:
     pause_s: float
 
 
-class _Watched(Target):
-    """A target that tells which positions were written."""
-
-    def __init__(self, inner: Target, touched: dict[str, list[_Where]]) -> None:
-        self.inner, self.touched = inner, touched
-        self.layouts, self.cells = inner.layouts, inner.cells
-
-    @property
-    def staged(self) -> Any:
-        """All names, so that all positions are told."""
-        return self.layouts.keys()
-
-    def commit(self, touched: Mapping[str, _Where] | None = None) -> None:
-        """Note the positions."""
-        self.inner.commit(touched)
-        for name, where in (touched or {}).items():
-            self.touched.setdefault(name, []).append(where)
-
-
-class _Mirror(Consumer):
-    """A consumer whose model is a state in host memory, and which notes what changes in it."""
-
-    def __init__(self, *args: Any, **settings: Any) -> None:
-        super().__init__(*args, **settings)
-        self.model: dict[str, torch.Tensor] = {}
-        self.touched: dict[str, list[_Where]] = {}
-
-    def start(self, state: HostState) -> None:
-        """Hold ``state``."""
-        self.adopt(state)
-        self.model = {n: tensor_of(state.cells[n], x.dtype.name, x.shape) for n, x in state.layouts.items()}
-
-    def bring_to(self, version: int | None) -> ApplyResult | None:
-        """Go to ``version``, or to the newest; None if that is held already."""
-        try:
-            found = self.poll() if version is None else self._named(version)
-            return None if found is None else found.apply(self._entries())
-        except NoPathError:
-            self._avoid.clear()  # what is damaged or missing now may be mended when it is asked for again
-            raise
-
-    def _named(self, version: int) -> Version | None:
-        if version <= (self.version or 0):
-            return None
-        manifest = self._manifest(version)
-        return Version(self, manifest, self._fetch_to(manifest, self._require_held()))
-
-    def _entries(self) -> dict[str, torch.Tensor]:
-        return self.model | {alias: self.model[name] for alias, name in self._aliases.items()}
-
-    def _hop(self, hop: Hop, data: bytes, target: Target, seconds: dict[str, float], progress: Progress | None) -> int:
-        watched = _Watched(target, self.touched)
-        return super()._hop(hop, data, watched, seconds, progress)
-
-    def _write(self, state: HostState, model: Any, began: float) -> ApplyResult:
-        for name in state.layouts:
-            self.touched.setdefault(name, []).append(None)
-        return super()._write(state, model, began)
-
-
 @dataclass(slots=True)
 class _Ready:
     """What the next swap writes."""
@@ -151,7 +85,8 @@ class RuntimeSync:
     """Keeps ``tensors`` of an engine at the versions of a store.
 
     Args:
-        store: as :class:`~thinwire.sync.consumer.Consumer` takes it.
+        store: as :class:`~thinwire.sync.consumer.Consumer` takes it. Its versions may be whole, or in parts (of a
+            :class:`~thinwire.ShardedPublisher`): which of them is seen when it is opened.
         tensors: the engine's parameters by its own names, ``dict(model.named_parameters())``. They stay where they are:
             nothing is replaced, so that compiled graphs remain good.
         load: the engine's loader, ``model.load_weights``.
@@ -166,7 +101,8 @@ class RuntimeSync:
     """
 
     def __init__(self, store: Any, tensors: Mapping[str, torch.Tensor], load: Load, **settings: Any) -> None:
-        self._consumer = _Mirror(store, **settings)
+        self._whole, self._settings = WholeMirror(store, **settings), settings
+        self._mirror: Mirror | None = None
         self._tensors, self._load = dict(tensors), load
         self._map: IndexMap | None = None
         self._ready: _Ready | None = None
@@ -192,8 +128,18 @@ class RuntimeSync:
 
     def newest(self) -> int:
         """Number of the store's newest version."""
-        manifest = self._consumer._wait_for_first(60.0)
-        return manifest.version
+        return self._chosen(60.0).newest().version
+
+    def _chosen(self, timeout_s: float) -> Mirror:
+        """The copy on the host, for the kind of versions that the store holds."""
+        if self._mirror is None:
+            self._mirror = chosen(self._whole, self._settings, timeout_s=timeout_s)
+        return self._mirror
+
+    @property
+    def _copy(self) -> Mirror:
+        assert self._mirror is not None, "asked for only once a map has been made"
+        return self._mirror
 
     def open(self, *, version: int | None = None, timeout_s: float = 60.0) -> SwapReport:
         """Load the newest version, or ``version``, whole; find out where everything lies. The engine stands still.
@@ -204,24 +150,23 @@ class RuntimeSync:
         """
         with self._lock:
             began = time.perf_counter()
-            state = self._consumer.fetch(version=version, timeout_s=timeout_s)
-            self._consumer.start(state)
-            self._consumer.touched.clear()
-            found = probe(self._tensors, self._load, state.layouts, state.aliases)
+            copy = self._chosen(timeout_s)
+            fetched = copy.open(version, timeout_s)
+            found = probe(self._tensors, self._load, copy.layouts, copy.aliases)
             prepared = time.perf_counter()
-            self._load(self._pairs(self._consumer.model))  # padding, and what else a loader does
+            self._load(self._pairs(copy.model))  # padding, and what else a loader does
             _settle(self._tensors)
             self._map = found.without(name for name in found.pieces if not found.agrees(name, self._cells(name)))
             if self._map.unmapped:
                 some = ", ".join(sorted(self._map.unmapped)[:3])
                 _log.warning(
                     "%d of %d tensors do not lie in the engine as they are published, and are loaded whole when they "
-                    "change: %s", len(self._map.unmapped), len(state.layouts), some,
+                    "change: %s", len(self._map.unmapped), len(copy.model), some,
                 )  # fmt: skip
-            held, pause = self._consumer._require_held(), time.perf_counter() - prepared
+            held, pause = copy.held, time.perf_counter() - prepared
             self._at = SwapReport(
                 held.version, held.step, held.state, 0, len(self._map.pieces), len(self._map.unmapped),
-                state.bytes_fetched, prepared - began, pause,
+                fetched, prepared - began, pause,
             )  # fmt: skip
             return self._at
 
@@ -236,13 +181,13 @@ class RuntimeSync:
         self.map  # noqa: B018 - opened?
         began = time.perf_counter()
         with self._lock:
-            result = self._consumer.bring_to(version)
-            if result is not None or self._consumer.touched:
+            result = self._copy.bring_to(version)
+            if result is not None or self._copy.touched:
                 self._ready = self._gather(0 if result is None else result.bytes_fetched, began)
         return self.ready
 
     def _gather(self, bytes_fetched: int, began: float) -> _Ready:
-        held, touched = self._consumer._require_held(), self._consumer.touched
+        held, touched = self._copy.held, self._copy.touched
         writes: list[Write] = []
         whole: list[str] = []
         load = False
@@ -260,9 +205,7 @@ class RuntimeSync:
         return _Ready(held.version, held.step, held.state, writes, whole, load, size, seconds)
 
     def _cells(self, name: str) -> Any:
-        from thinwire.tensors.bits import cells_of
-
-        return cells_of(self._consumer.model[name])
+        return cells_of(self._copy.model[name])
 
     def swap(self) -> SwapReport | None:
         """Write what is ready into the engine's tensors; None if nothing is. The engine stands still."""
@@ -284,7 +227,7 @@ class RuntimeSync:
         _settle(self._tensors)
         pause = time.perf_counter() - began
         self._ready = None
-        self._consumer.touched.clear()
+        self._copy.touched.clear()
         self._at = SwapReport(
             ready.version, ready.step, ready.digest, sum(write.size for write in ready.writes), len(ready.whole),
             len(self.map.unmapped) if ready.load else 0, ready.bytes_fetched, ready.seconds, pause,
@@ -293,10 +236,10 @@ class RuntimeSync:
 
     def _pairs(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
         """Tensors of the copy, under all their names."""
-        aliases = self._consumer._aliases
+        aliases = self._copy.aliases
         for name in sorted(names):
             for known in (name, *(alias for alias, other in aliases.items() if other == name)):
-                yield known, self._consumer.model[name]
+                yield known, self._copy.model[name]
 
     def verify(self) -> None:
         """Compare the engine's memory with the copy on the host, bit by bit. The engine stands still or only reads.
@@ -317,7 +260,7 @@ class RuntimeSync:
         bad = [name for name in sorted(self.map.pieces) if not self.map.agrees(name, self._cells(name))]
         if bad:
             raise DamagedObjectError(
-                f"{len(bad)} tensors of the engine are not those of version {self._consumer.version}: "
+                f"{len(bad)} tensors of the engine are not those of version {self._copy.held.version}: "
                 f"{', '.join(bad[:3])}. Write them again (rewrite) and find out who else writes to them",
                 tensors=bad,
             )
@@ -325,7 +268,7 @@ class RuntimeSync:
     def rewrite(self) -> SwapReport | None:
         """Write every tensor of the version that the copy on the host holds. The engine stands still."""
         with self._lock:
-            held = self._consumer._require_held()
+            held = self._copy.held
             names, load = sorted(self.map.pieces), bool(self.map.unmapped)
             self._ready = _Ready(held.version, held.step, held.state, [], names, load, 0, 0.0)
             return self._written()
