@@ -37,12 +37,13 @@ class Parts:
     def _held(self, weights: Mapping[str, torch.Tensor], rank: int) -> dict[str, Slice]:
         """A rank's slices; tied tensors stay tied."""
         found: dict[str, Slice] = {}
-        cuts: dict[int, Slice | None] = {}
+        cuts: dict[object, Slice | None] = {}
         for k, (name, tensor) in enumerate(weights.items()):
-            if id(tensor) not in cuts:
+            memory = (tensor.data_ptr(), tensor.shape) if tensor.numel() else name
+            if memory not in cuts:
                 box = held(KINDS[k % len(KINDS)], tuple(tensor.shape), rank, self.size)
-                cuts[id(tensor)] = None if box is None else cut(tensor, box)
-            mine = cuts[id(tensor)]
+                cuts[memory] = None if box is None else cut(tensor, box)
+            mine = cuts[memory]
             if mine is not None:
                 found[name] = mine
         return found

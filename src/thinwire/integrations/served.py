@@ -13,11 +13,15 @@ import torch
 from thinwire.errors import MisuseError, RetryError
 from thinwire.stores import open_store
 from thinwire.sync.remote import ReadableStore, Remote
+from thinwire.sync.share import fetch_map
 from thinwire.sync.trust import read_trust
 from thinwire.tensors.bits import torch_dtype
+from thinwire.wire.chunks import ChunkMap
 from thinwire.wire.digests import Tree
 
 __all__ = ["Served", "load_served"]
+
+_Kinds = Tree | ChunkMap  # either tells the data types and shapes of all tensors, and which are tied
 
 
 @dataclass(slots=True)
@@ -87,20 +91,22 @@ def _tensors(model: Any, *, alone: bool) -> dict[str, torch.Tensor]:
     return {name: own[name] for name in model.state_dict()}
 
 
-def _published(store: str | ReadableStore, settings: Mapping[str, Any]) -> tuple[Tree, Mapping[str, str]]:
+def _published(store: str | ReadableStore, settings: Mapping[str, Any]) -> tuple[_Kinds, Mapping[str, str]]:
     """Data types and shapes of the newest version, and its metadata; waits a minute for the first one."""
     trust = settings.get("trust")
     opened = open_store(store) if isinstance(store, str) else store
-    remote = Remote(opened, retry_s=30.0, trust=None if trust is None else read_trust(trust))
+    remote = Remote(opened, retry_s=30.0, trust=None if trust is None else read_trust(trust), in_parts=True)
     deadline = time.monotonic() + 60
     while (newest := remote.newest()) is None:
         if time.monotonic() > deadline:
             raise RetryError("the store holds no versions; is the publisher running?")
         time.sleep(0.5)
+    if newest.parts:
+        return fetch_map(remote, newest), newest.metadata
     return Tree.parse(remote.fetch(newest.tree, newest.hash)), newest.metadata
 
 
-def _dtype(tree: Tree) -> torch.dtype:
+def _dtype(tree: _Kinds) -> torch.dtype:
     """The type of most of the state's elements, so that what is computed when a model is made is of that type, too."""
     counts: dict[torch.dtype, int] = {}
     for info in tree.tensors.values():
@@ -110,7 +116,7 @@ def _dtype(tree: Tree) -> torch.dtype:
     return max(counts, key=lambda kind: counts[kind], default=torch.float32)
 
 
-def _retyped(tensors: dict[str, torch.Tensor], tree: Tree) -> dict[str, torch.Tensor]:
+def _retyped(tensors: dict[str, torch.Tensor], tree: _Kinds) -> dict[str, torch.Tensor]:
     """A model's parameters and buffers, each of the type under which it is published."""
     for name, info in tree.tensors.items():
         tensor = tensors.get(name)
