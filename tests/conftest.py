@@ -8,6 +8,12 @@ from collections.abc import Iterator
 import hypothesis
 import pytest
 
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    # Workers share the cores: with a full set of OpenMP threads each, they mostly spin, waiting for one another's.
+    # Said before anything imports torch, and to all processes that tests start.
+    _mine = max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
+    os.environ.setdefault("OMP_NUM_THREADS", str(_mine))
+
 hypothesis.settings.register_profile("default", deadline=None, max_examples=60, derandomize=bool(os.environ.get("CI")))
 hypothesis.settings.register_profile("long", deadline=None, max_examples=2000)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))

@@ -8,22 +8,33 @@ import random
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.cli.tools import command, environment, series, thinwire
+from tests.integrations.chains import CHAINS
 from tests.sync.checkpoints import State, load, same, save, state
-from thinwire import Publisher
 from thinwire.sync.checkpoint import open_checkpoint
 
 FILE = Path("d/model.safetensors")
 
 
-def publish(store: Path | str, states: list[State], **how: object) -> None:
-    publisher = Publisher(str(store), **how)  # type: ignore[arg-type]
-    for step, tensors in enumerate(states):
-        publisher.publish(tensors, step=step)
+Publish = Callable[..., None]
+
+
+@pytest.fixture(params=["whole", "of 2 ranks"])
+def publish(request: pytest.FixtureRequest) -> Publish:
+    """Publishes states, as whole versions or in parts."""
+
+    def work(store: Path | str, states: list[State], **how: Any) -> None:
+        publisher = CHAINS[request.param](str(store), **how)
+        for step, tensors in enumerate(states):
+            publisher.publish(tensors, step=step)
+
+    return work
 
 
 @pytest.fixture
@@ -38,7 +49,7 @@ def holds(tensors: State) -> bool:
 # --- pull ----------------------------------------------------------------------------------------------------------
 
 
-def test_pull_fetches_only_what_is_missing(states: list[State]) -> None:
+def test_pull_fetches_only_what_is_missing(states: list[State], publish: Publish) -> None:
     publish("s", states[:4])
     first = thinwire("pull", "s", "-o", "d", "--version", 1, "--json").json
     assert (first["version"], first["path"], first["hops"], first["file"]) == (1, "anchor", 0, str(FILE))
@@ -58,7 +69,7 @@ def test_pull_fetches_only_what_is_missing(states: list[State]) -> None:
     assert sorted(os.listdir("d")) == [".thinwire.lock", "model.safetensors"]
 
 
-def test_versions_of_many_digits_fit_in_the_same_header(states: list[State]) -> None:
+def test_versions_of_many_digits_fit_in_the_same_header(states: list[State], publish: Publish) -> None:
     publish("s", [states[k % 2] for k in range(12)])
     thinwire("pull", "s", "-o", "d", "--version", 9)
     size = FILE.stat().st_size
@@ -68,7 +79,7 @@ def test_versions_of_many_digits_fit_in_the_same_header(states: list[State]) -> 
     assert holds(states[1])
 
 
-def test_a_file_that_is_not_what_it_says_is_found_out(states: list[State]) -> None:
+def test_a_file_that_is_not_what_it_says_is_found_out(states: list[State], publish: Publish) -> None:
     publish("s", states[:3])
     for version in (2, 3):  # the newest one, and one that deltas would start from
         thinwire("pull", "s", "-o", "d", "--version", version)
@@ -80,16 +91,16 @@ def test_a_file_that_is_not_what_it_says_is_found_out(states: list[State]) -> No
         assert holds(states[2])
 
 
-def test_a_damaged_delta_is_gone_around(states: list[State]) -> None:
+def test_a_damaged_delta_is_gone_around(states: list[State], publish: Publish) -> None:
     publish("s", states[:3], anchor_every=2)
     thinwire("pull", "s", "-o", "d", "--version", 2)
-    delta = next(Path("s").glob("objects/0000000003-*/delta*"))
+    delta = next(Path("s").glob("objects/0000000003-*/*delta*"))
     delta.write_bytes(delta.read_bytes()[::-1])
     assert thinwire("pull", "s", "-o", "d", "--json").json["path"] == "anchor"
     assert holds(states[2])
 
 
-def test_other_peoples_files_are_not_replaced(tmp_path: Path, states: list[State]) -> None:
+def test_other_peoples_files_are_not_replaced(tmp_path: Path, states: list[State], publish: Publish) -> None:
     publish("s", states[:2])
     for make in (lambda: save(FILE, state()), lambda: FILE.write_bytes(b"notes")):
         make()
@@ -101,7 +112,7 @@ def test_other_peoples_files_are_not_replaced(tmp_path: Path, states: list[State
     thinwire("pull", "s", "-o", "plain", code=2)
 
 
-def test_a_store_that_went_back_is_not_followed(states: list[State]) -> None:
+def test_a_store_that_went_back_is_not_followed(states: list[State], publish: Publish) -> None:
     publish("s", states[:3])
     publish("restored", states[:2])
     thinwire("pull", "s", "-o", "d")
@@ -118,12 +129,12 @@ def test_nothing_to_pull() -> None:
     assert "within 0.1 s" in thinwire("follow", "later", "-o", "d", "--timeout", "0.1", "--poll", "0.05", code=6).err
 
 
-def test_a_version_that_was_never_published(states: list[State]) -> None:
+def test_a_version_that_was_never_published(states: list[State], publish: Publish) -> None:
     publish("s", states[:1])
     assert thinwire("pull", "s", "-o", "d", "--version", 9, "--json", code=4).json["error"]["facts"] == {"version": 9}
 
 
-def test_shapes_may_change_between_versions(states: list[State]) -> None:
+def test_shapes_may_change_between_versions(states: list[State], publish: Publish) -> None:
     changed = {**states[1], "k.weight": states[1]["k.weight"].reshape(-1).float(), "new": states[0]["a.weight"]}
     del changed["a.weight"]
     publish("s", [states[0], changed, {**changed, "new": states[1]["a.weight"]}])
@@ -135,7 +146,7 @@ def test_shapes_may_change_between_versions(states: list[State]) -> None:
 # --- follow --------------------------------------------------------------------------------------------------------
 
 
-def test_follow_prints_a_line_a_version_and_runs_a_command(states: list[State]) -> None:
+def test_follow_prints_a_line_a_version_and_runs_a_command(states: list[State], publish: Publish) -> None:
     publish("s", states[:2])
     hook = (
         'echo "$THINWIRE_VERSION $THINWIRE_STEP $THINWIRE_FILE" >> seen; echo chatter; exit $((THINWIRE_VERSION - 2))'
@@ -151,7 +162,8 @@ def test_follow_prints_a_line_a_version_and_runs_a_command(states: list[State]) 
     assert text.out.startswith("version 4 (step 1): already there, proved; ")
 
 
-def test_two_cannot_write_to_one_folder(states: list[State]) -> None:
+@pytest.mark.parametrize("publish", ["whole"], indirect=True)
+def test_two_cannot_write_to_one_folder(states: list[State], publish: Publish) -> None:
     publish("s", states[:1])
     process = subprocess.Popen(command("follow", "s", "-o", "d"), stdout=subprocess.PIPE, text=True, env=environment())
     try:
@@ -165,11 +177,11 @@ def test_two_cannot_write_to_one_folder(states: list[State]) -> None:
     assert thinwire("pull", "s", "-o", "d", "--json").json["path"] == "held"  # the lock died with the process
 
 
-def test_a_version_that_cannot_be_had_is_waited_out(states: list[State]) -> None:
+def test_a_version_that_cannot_be_had_is_waited_out(states: list[State], publish: Publish) -> None:
     publish("s", states[:2])
     thinwire("pull", "s", "-o", "d")
     publish("s", states[2:3])
-    delta, anchor = (next(Path("s").glob(f"objects/{k}*")) for k in ("0000000003-*/delta", "0000000001-*/model"))
+    delta, anchor = (next(Path("s").glob(f"objects/{k}*")) for k in ("0000000003-*/*delta", "0000000001-*/*model"))
     for path in (delta, anchor):
         path.rename(f"{path.name}.away")
     result = thinwire("follow", "s", "-o", "d", "--timeout", "1s", "--poll", "0.1s", "--json", code=4)
@@ -191,7 +203,8 @@ def test_a_version_that_cannot_be_had_is_waited_out(states: list[State]) -> None
     assert holds(states[2])
 
 
-def test_killed_at_any_moment_it_leaves_a_version_and_goes_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["whole", pytest.param("of 2 ranks", marks=pytest.mark.slow)])
+def test_killed_at_any_moment_it_leaves_a_version_and_goes_on(tmp_path: Path, kind: str) -> None:
     """kill -9 while versions keep coming; after each, the file is one of them, and at the end the newest."""
     import torch
 
@@ -199,7 +212,7 @@ def test_killed_at_any_moment_it_leaves_a_version_and_goes_on(tmp_path: Path) ->
     weights = {
         f"w{k}": torch.randn(1000, 1000, generator=generator).bfloat16() for k in range(8)
     }  # 16 MB: writes take time
-    publisher, versions, rng = Publisher(str(tmp_path / "s")), [], random.Random(1)
+    publisher, versions, rng = CHAINS[kind](str(tmp_path / "s")), [], random.Random(1)
 
     def step() -> None:
         for tensor in weights.values():

@@ -86,13 +86,13 @@ def _mirror(
         stack.callback(leave, store)
         bars = stack.enter_context(output.bars())
         mirror = Mirror(
-            out, Remote(observed(watched(store, bars), observer), retry_s=RETRY_S),
+            out, Remote(observed(watched(store, bars), observer), retry_s=RETRY_S, in_parts=True),
             threads=threads, stages=bars, warn=output.warn,
         )  # fmt: skip
         stack.enter_context(mirror.locked())
         if trust is not None:
             memory = Memory.open(out / MEMORY_NAME)
-            mirror.remote = Remote(mirror.remote.store, retry_s=RETRY_S, trust=trust, memory=memory)
+            mirror.remote = Remote(mirror.remote.store, retry_s=RETRY_S, trust=trust, memory=memory, in_parts=True)
         if forward:
             mirror.remote.chain.floor = max(mirror.remote.chain.floor, mirror.version())
         yield mirror

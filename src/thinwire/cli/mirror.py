@@ -25,7 +25,8 @@ from thinwire.errors import (
 from thinwire.sync.anchor import write_shards
 from thinwire.sync.checkpoint import Checkpoint, open_checkpoint, tree_of_checkpoint
 from thinwire.sync.files import Stages, stage_of, write_file
-from thinwire.sync.host import Fetched, Route, fetch_path, fetch_state
+from thinwire.sync.host import Route, fetch_path, fetch_state
+from thinwire.sync.parts_file import PartsFile
 from thinwire.sync.remote import Remote
 from thinwire.sync.rewrite import padded, patch_checkpoint
 from thinwire.wire.container import PREFIX_BYTES
@@ -66,7 +67,8 @@ class _Held:
 
 
 class Mirror:
-    """Args: the folder, which is made; the chain; a callback for progress and one for warnings.
+    """Args: the folder, which is made; the chain, of whole versions or in parts; a callback for progress and one for
+    warnings.
 
     Raises:
         MisuseError: the folder cannot be made, or :meth:`locked` by somebody else.
@@ -79,6 +81,7 @@ class Mirror:
         self.threads, self.stages, self.warn = threads, stages, warn
         self.avoid: set[str] = set()
         self._proved: str | None = None
+        self._parts: PartsFile | None = None
         folder.mkdir(parents=True, exist_ok=True)
 
     @contextmanager
@@ -129,7 +132,7 @@ class Mirror:
         """
         found = self.remote.newest()
         if found is None and self.remote.chain.floor:
-            older = Remote(self.remote.store, retry_s=self.remote.retry_s).newest()
+            older = Remote(self.remote.store, retry_s=self.remote.retry_s, in_parts=True).newest()
             if older is not None:
                 raise UntrustedError(
                     f"the store's newest version is {older.version}, but {self.folder} holds version "
@@ -155,11 +158,8 @@ class Mirror:
             or (held.version, held.state) != (target.version, target.state)
             or not self._is_intact(held, target)
         ):
-            fetched = self._by_deltas(held, target) if held is not None and held.version < target.version else None
-            if fetched is not None:
-                path, hops, size = "delta", len(fetched.patches), fetched.size
-            else:
-                path, hops, size = self._whole(target)
+            patched = self._by_deltas(held, target) if held is not None and held.version < target.version else None
+            path, hops, size = self._whole(target) if patched is None else ("delta", *patched)
         self._proved = target.state
         return Update(
             target.version, target.step, target.state, str(self.file), path, hops, size, time.perf_counter() - began
@@ -168,14 +168,30 @@ class Mirror:
     def _is_intact(self, held: _Held, target: Manifest) -> bool:
         if self._proved == target.state:
             return True
-        tree = tree_of_checkpoint(held.checkpoint, hash_name=target.hash, threads=self.threads, stages=self.stages)
-        if tree.digest == target.state:
+        if target.parts:
+            intact = self._in_parts().holds(held.checkpoint, target)
+        else:
+            tree = tree_of_checkpoint(held.checkpoint, hash_name=target.hash, threads=self.threads, stages=self.stages)
+            intact = tree.digest == target.state
+        if intact:
             return True
         self.warn(f"{self.file} says it is version {held.version} and is not; it is fetched anew")
         return False
 
-    def _by_deltas(self, held: _Held, target: Manifest) -> Fetched | None:
-        """Patch the file, if that is the cheapest way; None if it is not, or does not work out."""
+    def _in_parts(self) -> PartsFile:
+        if self._parts is None or self._parts.remote is not self.remote:
+            self._parts = PartsFile(
+                self.remote, avoid=self.avoid, threads=self.threads, stages=self.stages, warn=self.warn
+            )
+        return self._parts
+
+    def _by_deltas(self, held: _Held, target: Manifest) -> tuple[int, int] | None:
+        """Patch the file, if that is the cheapest way: how many patches, and bytes; None if it is not, or does not work
+        out."""
+        if target.parts:
+            return self._in_parts().patch(
+                held.checkpoint, held.version, held.state, target, self.file, metadata=_metadata(target)
+            )
         route = Route(self.remote, target, have=held.version, have_state=held.state)
         try:
             if route.find(self.avoid).anchor_version is not None:
@@ -201,12 +217,15 @@ class Mirror:
                 self.avoid.update(hop.delta.object.key for hop in skips or hops)
             self.warn(f"the patches to version {target.version} cannot be used, trying another way: {error}")
             return None
-        return fetched
+        return len(fetched.patches), fetched.size
 
     def _whole(self, target: Manifest) -> tuple[str, int, int]:
-        state = fetch_state(
-            self.remote, target, avoid=self.avoid, threads=self.threads, progress=stage_of(self.stages, "apply")
-        )
+        if target.parts:
+            state = self._in_parts().fetch(target)
+        else:
+            state = fetch_state(
+                self.remote, target, avoid=self.avoid, threads=self.threads, progress=stage_of(self.stages, "apply")
+            )
         shard = write_shards(
             state.layouts, state.cells, state.aliases, metadata=_metadata(target), shard_bytes_max=1 << 62
         )[0]

@@ -7,10 +7,10 @@ import mmap
 import os
 import shutil
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from thinwire.errors import DamagedObjectError, MisuseError
 from thinwire.sync.apply import ApplyReport, apply_patch
@@ -30,7 +30,9 @@ from thinwire.wire.container import PREFIX_BYTES, Entry, Header, header_bytes
 from thinwire.wire.patch import Patch
 from thinwire.wire.spec import dtype_of
 
-__all__ = ["Patched", "left_out", "padded", "patch_checkpoint"]
+__all__ = ["Patched", "change_file", "left_out", "padded", "patch_checkpoint"]
+
+T = TypeVar("T")
 
 _STALE = ("thinwire.version", "thinwire.state")  # what a chain said of the base is not true of the result
 _WEIGHTS = (
@@ -118,6 +120,29 @@ def patch_checkpoint(
     return Patched(report, size, left_out(base))
 
 
+def change_file(
+    base: Checkpoint,
+    change: Callable[[MemorySource], T],
+    out: str | os.PathLike[str],
+    *,
+    metadata: Mapping[str, str] | None = None,
+    stages: Stages | None = None,
+) -> T:
+    """Copy ``base``, a file, let ``change`` change the copy's cells in place, and give the copy the name ``out``; what
+    ``change`` returns. Whatever it raises leaves ``out`` as it was. Tensors stay as many and as large as they are.
+
+    Raises:
+        MisuseError: ``base`` is a folder, or ``out`` cannot be written.
+        DamagedObjectError: the file was changed by somebody else meanwhile.
+    """
+    target = Path(out)
+    check_target(target)
+    if base.is_folder or target.is_dir():
+        raise MisuseError("one file is changed into one file; name files, not folders", path=str(target))
+    with staged_file(target) as temporary:
+        return _changed(base, (), change, {base.files[0].path: temporary}, metadata, stages)
+
+
 def _fill(
     base: Checkpoint,
     patches: Sequence[Patch],
@@ -126,12 +151,23 @@ def _fill(
     threads: int,
     stages: Stages | None,
 ) -> tuple[ApplyReport, int]:
+    report = _changed(base, patches, lambda source: _apply(patches, source, threads, stages), targets, metadata, stages)
+    return report, sum(path.stat().st_size for path in targets.values() if path.exists())
+
+
+def _changed(
+    base: Checkpoint,
+    patches: Sequence[Patch],
+    change: Callable[[MemorySource], T],
+    targets: Mapping[Path, Path],
+    metadata: Mapping[str, str] | None,
+    stages: Stages | None,
+) -> T:
+    """Write the files as ``change`` leaves them: in place in copies, if ``patches`` let all tensors stay."""
     headers = _same_size_headers(base, patches, metadata)
     if headers is not None:
-        report = _patch_copies(base, patches, targets, headers, threads, stages)
-    else:
-        report = _write_anew(base, patches, targets, metadata, threads, stages)
-    return report, sum(path.stat().st_size for path in targets.values() if path.exists())
+        return _change_copies(base, change, targets, headers, stages)
+    return _write_anew(base, change, targets, metadata, stages)
 
 
 def _same_size_headers(
@@ -180,14 +216,13 @@ def _header(
     return header_bytes(meta, [(name, *rows[name]) for name in names])
 
 
-def _patch_copies(
+def _change_copies(
     base: Checkpoint,
-    patches: Sequence[Patch],
+    change: Callable[[MemorySource], T],
     targets: Mapping[Path, Path],
     headers: Mapping[Path, bytes],
-    threads: int,
     stages: Stages | None,
-) -> ApplyReport:
+) -> T:
     total, done = sum(file.header.file_bytes for file in base.files), 0
 
     def copied(in_file: int, _: int) -> None:
@@ -206,12 +241,12 @@ def _patch_copies(
         mapped[: len(headers[file.path])] = headers[file.path]
         cells.update({name: cells_in(mapped, file.header, name) for name in file.header.entries})
     layouts = {name: Layout(dtype_of(entry.dtype), entry.shape) for name, entry in base.tensors.items()}
-    report = _apply(patches, MemorySource(layouts, cells, base.aliases), threads, stages)
+    result = change(MemorySource(layouts, cells, base.aliases))
     for mapped in maps:
         mapped.flush()
     for path in targets.values():
         _sync(path)
-    return report
+    return result
 
 
 def _apply(patches: Sequence[Patch], source: MemorySource, threads: int, stages: Stages | None) -> ApplyReport:
@@ -236,14 +271,13 @@ def _sync(path: Path) -> None:
 
 def _write_anew(
     base: Checkpoint,
-    patches: Sequence[Patch],
+    change: Callable[[MemorySource], T],
     targets: Mapping[Path, Path],
     metadata: Mapping[str, str] | None,
-    threads: int,
     stages: Stages | None,
-) -> ApplyReport:
+) -> T:
     source = base.map()
-    report = _apply(patches, source, threads, stages)
+    result = change(source)
     members = _members(base, source)
     rows = {n: (x.dtype.name, x.shape, x.size) for n, x in source.layouts.items()}
     for file in base.files:
@@ -253,7 +287,7 @@ def _write_anew(
         start = _header(_metadata_of(file, source.aliases, metadata), names, rows)
         bodies = [source.cells[name].data.cast("B") for name in names if source.cells[name].size]
         write_bytes(targets[file.path], [start, *bodies], progress=stage_of(stages, "write"))
-    return report
+    return result
 
 
 def _members(base: Checkpoint, source: MemorySource) -> dict[Path, list[str]]:
