@@ -17,6 +17,6 @@ def _prepare(model: Any, setting: Setting) -> Prepared:
 METHOD = Method(
     about="keys and values of 8 virtual tokens (PEFT)",
     prepare=_prepare,
-    lrs=(1e-3, 3e-3, 1e-2, 3e-2),
+    lrs=(3e-3, 1e-2, 3e-2, 1e-1),
     source="arXiv:2101.00190, PEFT",
 )

@@ -17,6 +17,6 @@ def _prepare(model: Any, setting: Setting) -> Prepared:
 METHOD = Method(
     about="embeddings of 8 virtual tokens (PEFT)",
     prepare=_prepare,
-    lrs=(3e-3, 1e-2, 3e-2, 1e-1),
+    lrs=(1e-2, 3e-2, 1e-1, 3e-1),
     source="arXiv:2104.08691, PEFT",
 )

@@ -21,6 +21,6 @@ def _prepare(model: Any, setting: Setting) -> Prepared:
 METHOD = Method(
     about="about 1 % of the linear layers' cells, drawn at random (PEFT)",
     prepare=_prepare,
-    lrs=(3e-4, 1e-3, 3e-3, 1e-2),
+    lrs=(1e-3, 3e-3, 1e-2, 3e-2),
     source="arXiv:2406.13175, PEFT",
 )
