@@ -6,8 +6,8 @@ To the engine both are tensors by name, so both mirrors look alike.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import time
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,39 +17,36 @@ import torch
 from thinwire.chain.plan import Hop
 from thinwire.errors import MisuseError, NoPathError, RefetchError
 from thinwire.integrations.newest import Newest
+from thinwire.sync import events
 from thinwire.sync.consumer import ApplyResult, Consumer, Version
 from thinwire.sync.encode import Progress
 from thinwire.sync.host import HostState
 from thinwire.sync.layout import Layout
 from thinwire.sync.places import places_in
 from thinwire.sync.sharded_consumer import ShardedConsumer, ShardedVersion
-from thinwire.sync.sharded_state import ShareState, map_of
+from thinwire.sync.sharded_state import ShareState, fetch_share, map_of
 from thinwire.sync.sharded_target import ShareTarget
-from thinwire.sync.shards import Held
-from thinwire.sync.share import Meter, Proof
+from thinwire.sync.shards import assemble
+from thinwire.sync.share import Meter, Share
 from thinwire.sync.target import Target
-from thinwire.tensors.bits import tensor_of
-from thinwire.wire.chunks import Chunk, ChunkMap
+from thinwire.tensors.bits import cells_of, tensor_of
+from thinwire.wire.chunks import ChunkMap
 from thinwire.wire.manifest import Manifest
-from thinwire.wire.patch import Patch
 from thinwire.wire.spec import dtype_of
 
-__all__ = ["Mirror", "PartsMirror", "Touched", "WholeMirror", "chosen"]
+__all__ = ["Mirror", "PartsMirror", "WholeMirror", "chosen"]
 
-Touched = dict[str, list[npt.NDArray[np.int64] | None]]
-"""Flat positions that changed, by tensor; None stands for all of it."""
-
+Cells = npt.NDArray[np.unsignedinteger]
 _Where = npt.NDArray[np.int64] | None
+Changes = tuple[npt.NDArray[np.int64], Cells]
+"""Flat positions in a tensor, in any order and more than once if need be, and the cells that are there now."""
 
 
 class Mirror(Protocol):
-    """A state in host memory that goes from version to version, and notes in ``touched`` what changes in it.
+    """A state in host memory that goes from version to version, and remembers what changed in it since :meth:`forget`.
 
-    ``model`` holds each tensor once, ``aliases`` further names of tied ones.
+    Each tensor is there once, by its name; ``aliases`` are further names of tied ones.
     """
-
-    model: dict[str, torch.Tensor]
-    touched: Touched
 
     @property
     def held(self) -> Manifest:
@@ -61,6 +58,10 @@ class Mirror(Protocol):
 
     @property
     def aliases(self) -> Mapping[str, str]: ...
+
+    def cells(self, name: str) -> Cells:
+        """All cells of a tensor, not to be written."""
+        ...
 
     def newest(self, timeout_s: float = 60.0) -> Manifest:
         """The store's newest version; waits for the first one."""
@@ -77,6 +78,18 @@ class Mirror(Protocol):
             NoPathError: no intact objects lead there. The copy is as it was, or at a version on the way.
             MisuseError: the version has other tensors than the one that was opened; the copy is as it was.
         """
+        ...
+
+    def changed(self) -> list[str]:
+        """Names of the tensors that may have changed."""
+        ...
+
+    def changes(self, name: str) -> Changes | None:
+        """What of a tensor changed; None stands for all of it."""
+        ...
+
+    def forget(self) -> None:
+        """What has changed is known."""
         ...
 
 
@@ -108,7 +121,7 @@ def _same_tensors(ours: Mapping[str, object], theirs: Mapping[str, object], vers
 class _Watched(Target):
     """A target that tells which positions were written."""
 
-    def __init__(self, inner: Target, touched: Touched) -> None:
+    def __init__(self, inner: Target, touched: dict[str, list[_Where]]) -> None:
         self.inner, self.touched = inner, touched
         self.layouts, self.cells = inner.layouts, inner.cells
 
@@ -129,8 +142,8 @@ class WholeMirror(Consumer):
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
-        self.model: dict[str, torch.Tensor] = {}
-        self.touched: Touched = {}
+        self._model: dict[str, torch.Tensor] = {}
+        self._touched: dict[str, list[_Where]] = {}
 
     @property
     def held(self) -> Manifest:
@@ -144,14 +157,17 @@ class WholeMirror(Consumer):
     def aliases(self) -> Mapping[str, str]:
         return self._aliases
 
+    def cells(self, name: str) -> Cells:
+        return cells_of(self._model[name])
+
     def newest(self, timeout_s: float = 60.0) -> Manifest:
         return self._wait_for_first(timeout_s)
 
     def open(self, version: int | None, timeout_s: float) -> int:
         state = self.fetch(version=version, timeout_s=timeout_s)
         self.adopt(state)
-        self.model = {n: tensor_of(state.cells[n], x.dtype.name, x.shape) for n, x in state.layouts.items()}
-        self.touched.clear()
+        self._model = {n: tensor_of(state.cells[n], x.dtype.name, x.shape) for n, x in state.layouts.items()}
+        self.forget()
         return state.bytes_fetched
 
     def bring_to(self, version: int | None) -> ApplyResult | None:
@@ -162,6 +178,19 @@ class WholeMirror(Consumer):
             self._avoid.clear()  # what is damaged or missing now may be mended when it is asked for again
             raise
 
+    def changed(self) -> list[str]:
+        return list(self._touched)
+
+    def changes(self, name: str) -> Changes | None:
+        parts = self._touched[name]
+        if any(part is None for part in parts):
+            return None
+        positions = np.concatenate([part for part in parts if part is not None])
+        return positions, self.cells(name)[positions]
+
+    def forget(self) -> None:
+        self._touched.clear()
+
     def _named(self, version: int) -> Version | None:
         if version <= (self.version or 0):
             return None
@@ -169,114 +198,118 @@ class WholeMirror(Consumer):
         return Version(self, manifest, self._fetch_to(manifest, self._require_held()))
 
     def _entries(self) -> dict[str, torch.Tensor]:
-        return self.model | {alias: self.model[name] for alias, name in self._aliases.items()}
+        return self._model | {alias: self._model[name] for alias, name in self._aliases.items()}
 
     def _hop(self, hop: Hop, data: bytes, target: Target, seconds: dict[str, float], progress: Progress | None) -> int:
-        watched = _Watched(target, self.touched)
+        watched = _Watched(target, self._touched)
         return super()._hop(hop, data, watched, seconds, progress)
 
     def _write(self, state: HostState, model: Any, began: float) -> ApplyResult:
-        _same_tensors(self.model, state.layouts, state.version)
+        _same_tensors(self._model, state.layouts, state.version)
         for name in state.layouts:
-            self.touched.setdefault(name, []).append(None)
+            self._touched.setdefault(name, []).append(None)
         return super()._write(state, model, began)
 
 
 # --- versions in parts ---------------------------------------------------------------------------------------------
 
 
-class _WatchedShare(ShareTarget):
-    """A share's target that tells which positions of which tensors were written."""
+class _ChunkCells(ShareTarget):
+    """The copy's chunks as the place that patches are written to: in one piece each, so that nothing is copied."""
 
-    def __init__(self, inner: ShareTarget, touched: Touched) -> None:
-        self.inner, self.touched = inner, touched
-        self.share, self.layouts, self.cells = inner.share, inner.layouts, inner.cells
+    def __init__(self, share: Share, cells: dict[str, Cells], touched: dict[str, list[_Where]]) -> None:
+        self.share, self.layouts, self.cells, self._touched = share, dict(share.layouts), cells, touched
 
     @property
     def staged(self) -> Any:
-        """All names, so that all positions are told."""
+        """All chunks, so that all positions are told."""
         return self.layouts.keys()
 
     def commit(self, touched: Mapping[str, _Where] | None = None) -> None:
-        """Note the positions, as those of whole tensors."""
-        self.inner.commit(touched)
-        for chunk in self.share.members:
-            where = (touched or {}).get(chunk.full_name)
+        """Note the positions."""
+        for full, where in (touched or {}).items():
             if where is None or where.size:
-                self.touched.setdefault(chunk.tensor, []).append(self._placed(chunk, where))
-
-    def _placed(self, chunk: Chunk, where: _Where) -> _Where:
-        tensor = self.share.chunks.tensors[chunk.tensor]
-        if where is not None:
-            return places_in(chunk.box, tensor.shape, dtype_of(tensor.dtype), where)
-        if chunk.box == tensor.box:
-            return None
-        every = np.arange(self.layouts[chunk.full_name].cells)
-        return places_in(chunk.box, tensor.shape, dtype_of(tensor.dtype), every)
+                self._touched.setdefault(full, []).append(where)
 
 
 class PartsMirror(ShardedConsumer):
-    """A :class:`Mirror` of a chain in parts: a sharded trainer's versions as plain tensors by name."""
+    """A :class:`Mirror` of a chain in parts. The copy is kept as the chunks that are published, which patches change in
+    place; tensors are put together of them when they are asked for."""
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
-        self.model: dict[str, torch.Tensor] = {}
-        self.touched: Touched = {}
+        self._cells: dict[str, Cells] = {}
+        self._touched: dict[str, list[_Where]] = {}  # by chunk
+        self._anew = False  # all has changed
 
     @property
     def held(self) -> Manifest:
         return self._require_held()
 
     @property
+    def _chunks(self) -> ChunkMap:
+        if self._share is None:
+            raise MisuseError("open the store first")
+        return self._share.chunks
+
+    @property
     def layouts(self) -> Mapping[str, Layout]:
-        return _layouts(self._chunks(self.held))
+        return {name: Layout(dtype_of(tensor.dtype), tensor.shape) for name, tensor in self._chunks.tensors.items()}
 
     @property
     def aliases(self) -> Mapping[str, str]:
-        return self._chunks(self.held).aliases
+        return self._chunks.aliases
 
-    def _chunks(self, manifest: Manifest) -> ChunkMap:
-        return map_of(self._remote, manifest, self._maps)
+    def cells(self, name: str) -> Cells:
+        tensor = self._chunks.tensors[name]
+        if len(tensor.chunks) == 1:
+            return self._cells[tensor.chunks[0].full_name]
+        pieces = [(chunk.box, self._cells[chunk.full_name]) for chunk in tensor.chunks]
+        return assemble(tensor.box, dtype_of(tensor.dtype), pieces)
 
     def newest(self, timeout_s: float = 60.0) -> Manifest:
         return self._wait_for_first(timeout_s)
 
     def open(self, version: int | None, timeout_s: float) -> int:
-        manifest = self.newest(timeout_s) if version is None else self._manifest(version)
+        manifest, meter = self.newest(timeout_s) if version is None else self._manifest(version), Meter()
         if not manifest.parts:
             raise MisuseError(f"version {manifest.version} is whole; read it with thinwire.Consumer")
-        with self._no_path(manifest.version):
-            chunks = self._chunks(manifest)
-            model = {
-                name: tensor_of(np.empty(layout.cells, layout.dtype.cells), layout.dtype.name, layout.shape)
-                for name, layout in _layouts(chunks).items()
-            }
-            result = self.load(_entries(model, chunks), version=manifest.version)
-        self.model = model
-        self.touched.clear()
-        return result.bytes_fetched
+        self._take(self._fetched(manifest, meter))
+        self.forget()
+        return meter.bytes
 
     def bring_to(self, version: int | None) -> ApplyResult | None:
-        with self._no_path(version):
-            found = self.poll() if version is None else self._named(version)
-            if found is None:
-                return None
-            chunks = self._chunks(found.manifest)
-            _same_tensors(self.model, chunks.tensors, found.number)
-            return found.apply(_entries(self.model, chunks))
-
-    @contextmanager
-    def _no_path(self, version: int | None) -> Iterator[None]:
-        """What is damaged or missing now may be mended when it is asked for again."""
         try:
-            yield
+            found = self.poll() if version is None else self._named(version)
+            return None if found is None else found.apply({})
         except NoPathError:
-            self._avoid.clear()
+            self._avoid.clear()  # what is damaged or missing now may be mended when it is asked for again
             raise
-        except RefetchError as error:  # the map of chunks: without it there is no way at all
-            self._avoid.clear()
-            wanted = "the newest version" if version is None else f"version {version}"
-            raise NoPathError(f"no intact objects lead to {wanted}: {error}") from error
+
+    def changed(self) -> list[str]:
+        if self._anew:
+            return list(self._chunks.tensors)
+        return list(dict.fromkeys(c.tensor for c in self._chunks.chunks() if c.full_name in self._touched))
+
+    def changes(self, name: str) -> Changes | None:
+        tensor = self._chunks.tensors[name]
+        dtype = dtype_of(tensor.dtype)
+        positions: list[npt.NDArray[np.int64]] = []
+        values: list[Cells] = []
+        for chunk in tensor.chunks:
+            cells = self._cells[chunk.full_name]
+            parts = self._touched.get(chunk.full_name, [])
+            if self._anew or (len(tensor.chunks) == 1 and any(part is None for part in parts)):
+                return None
+            for part in parts:
+                where = np.arange(cells.size) if part is None else part
+                positions.append(places_in(chunk.box, tensor.shape, dtype, where))
+                values.append(cells[where])
+        return np.concatenate(positions), np.concatenate(values)
+
+    def forget(self) -> None:
+        self._touched.clear()
+        self._anew = False
 
     def _named(self, version: int) -> ShardedVersion | None:
         held = self._require_held()
@@ -290,28 +323,44 @@ class PartsMirror(ShardedConsumer):
             self._avoid.clear()
         return ShardedVersion(self, manifest, hops or None, meter)
 
-    def _hop(
-        self,
-        manifest: Manifest,
-        patch: Patch,
-        proof: Proof,
-        target: ShareTarget,
-        meter: Meter,
-        progress: Progress | None,
-        seconds: dict[str, float],
-    ) -> int | None:
-        watched = _WatchedShare(target, self.touched)
-        return super()._hop(manifest, patch, proof, watched, meter, progress, seconds)
+    @events.telling
+    def _apply(self, manifest: Manifest, hops: Any, meter: Meter, model: Any, progress: Progress | None) -> ApplyResult:
+        del model  # the copy is it
+        began, changed, applied = time.perf_counter(), 0, 0
+        seconds = {"fetch": 0.0, "decode": 0.0, "apply": 0.0, "verify": 0.0}
+        assert self._share is not None
+        target = _ChunkCells(self._share, self._cells, self._touched)
+        for hop, patch, proof in hops or ():
+            if self._require_held().version >= hop.version:
+                continue
+            done = self._hop(hop, patch, proof, target, meter, progress, seconds)
+            if done is None:
+                break
+            changed, applied = changed + done, applied + 1
+        path = "delta"
+        if self._require_held().version < manifest.version:
+            state = self._fetched(manifest, meter)
+            _same_tensors(self._chunks.tensors, state.share.chunks.tensors, manifest.version)
+            self._take(state)
+            path = "anchor+delta" if state.hops else "anchor"
+            seconds, changed, applied = state.seconds, sum(x.cells for x in state.layouts.values()), state.hops
+        total = {**seconds, "total": time.perf_counter() - began}
+        return ApplyResult(manifest.version, manifest.step, manifest.state, path, applied, meter.bytes, changed, total)
 
-    def _write(self, held: Mapping[str, Held], state: ShareState, meter: Meter, began: float) -> ApplyResult:
-        for name in state.share.chunks.tensors:
-            self.touched.setdefault(name, []).append(None)
-        return super()._write(held, state, meter, began)
+    def _fetched(self, manifest: Manifest, meter: Meter) -> ShareState:
+        """All chunks of a version, from nothing."""
+        try:
+            share = Share.of(map_of(self._remote, manifest, self._maps), None)
+        except RefetchError as error:
+            raise NoPathError(
+                f"no intact objects lead to version {manifest.version}: {error}", version=manifest.version
+            ) from error
+        state = fetch_share(self._remote, manifest, share, meter=meter, avoid=self._avoid, threads=self.threads)
+        told = events.Fetched(manifest.version, meter.bytes, state.hops, state.seconds["fetch"])
+        events.tell(self.observer, told)
+        return state
 
-
-def _layouts(chunks: ChunkMap) -> dict[str, Layout]:
-    return {name: Layout(dtype_of(tensor.dtype), tensor.shape) for name, tensor in chunks.tensors.items()}
-
-
-def _entries(model: Mapping[str, torch.Tensor], chunks: ChunkMap) -> dict[str, torch.Tensor]:
-    return {**model, **{alias: model[name] for alias, name in chunks.aliases.items()}}
+    def _take(self, state: ShareState) -> None:
+        self._hold(state.manifest, state.share, state.tree)
+        self._cells, self._anew = state.cells, True
+        self._touched.clear()

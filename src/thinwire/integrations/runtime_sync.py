@@ -34,13 +34,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
 from thinwire.errors import DamagedObjectError, MisuseError
 from thinwire.integrations.runtime_map import IndexMap, Load, Write, probe
 from thinwire.integrations.runtime_mirror import Mirror, WholeMirror, chosen
-from thinwire.tensors.bits import cells_of
+from thinwire.tensors.bits import tensor_of
 
 __all__ = ["RuntimeSync", "SwapReport"]
 
@@ -154,14 +153,14 @@ class RuntimeSync:
             fetched = copy.open(version, timeout_s)
             found = probe(self._tensors, self._load, copy.layouts, copy.aliases)
             prepared = time.perf_counter()
-            self._load(self._pairs(copy.model))  # padding, and what else a loader does
+            self._load(self._pairs(copy.layouts))  # padding, and what else a loader does
             _settle(self._tensors)
-            self._map = found.without(name for name in found.pieces if not found.agrees(name, self._cells(name)))
+            self._map = found.without(name for name in found.pieces if not found.agrees(name, self._copy.cells(name)))
             if self._map.unmapped:
                 some = ", ".join(sorted(self._map.unmapped)[:3])
                 _log.warning(
                     "%d of %d tensors do not lie in the engine as they are published, and are loaded whole when they "
-                    "change: %s", len(self._map.unmapped), len(copy.model), some,
+                    "change: %s", len(self._map.unmapped), len(copy.layouts), some,
                 )  # fmt: skip
             held, pause = copy.held, time.perf_counter() - prepared
             self._at = SwapReport(
@@ -182,30 +181,27 @@ class RuntimeSync:
         began = time.perf_counter()
         with self._lock:
             result = self._copy.bring_to(version)
-            if result is not None or self._copy.touched:
+            if result is not None or self._copy.changed():
                 self._ready = self._gather(0 if result is None else result.bytes_fetched, began)
         return self.ready
 
     def _gather(self, bytes_fetched: int, began: float) -> _Ready:
-        held, touched = self._copy.held, self._copy.touched
+        held = self._copy.held
         writes: list[Write] = []
         whole: list[str] = []
         load = False
-        for name, parts in touched.items():
+        for name in self._copy.changed():
+            found = self._copy.changes(name)
             if name in self.map.unmapped:
-                load = load or any(part is None or part.size for part in parts)
-            elif any(part is None for part in parts):
+                load = load or found is None or bool(found[0].size)
+            elif found is None:
                 whole.append(name)
             else:
-                positions = np.concatenate([part for part in parts if part is not None])
-                writes += self.map.plan(name, positions, self._cells(name)[positions])
+                writes += self.map.plan(name, *found)
         before = self._ready
         seconds = time.perf_counter() - began + (before.seconds if before else 0.0)
         size = bytes_fetched + (before.bytes_fetched if before else 0)
         return _Ready(held.version, held.step, held.state, writes, whole, load, size, seconds)
-
-    def _cells(self, name: str) -> Any:
-        return cells_of(self._copy.model[name])
 
     def swap(self) -> SwapReport | None:
         """Write what is ready into the engine's tensors; None if nothing is. The engine stands still."""
@@ -221,13 +217,13 @@ class RuntimeSync:
             for write in ready.writes:
                 write.run()
             for name in ready.whole:
-                self.map.write(name, self._cells(name))
+                self.map.write(name, self._copy.cells(name))
             if ready.load:
                 self._load(self._pairs(self.map.unmapped))
         _settle(self._tensors)
         pause = time.perf_counter() - began
         self._ready = None
-        self._copy.touched.clear()
+        self._copy.forget()
         self._at = SwapReport(
             ready.version, ready.step, ready.digest, sum(write.size for write in ready.writes), len(ready.whole),
             len(self.map.unmapped) if ready.load else 0, ready.bytes_fetched, ready.seconds, pause,
@@ -236,10 +232,12 @@ class RuntimeSync:
 
     def _pairs(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
         """Tensors of the copy, under all their names."""
-        aliases = self._copy.aliases
+        aliases, layouts = self._copy.aliases, self._copy.layouts
         for name in sorted(names):
+            layout = layouts[name]
+            tensor = tensor_of(self._copy.cells(name), layout.dtype.name, layout.shape)
             for known in (name, *(alias for alias, other in aliases.items() if other == name)):
-                yield known, self._copy.model[name]
+                yield known, tensor
 
     def verify(self) -> None:
         """Compare the engine's memory with the copy on the host, bit by bit. The engine stands still or only reads.
@@ -257,7 +255,7 @@ class RuntimeSync:
             self._check()
 
     def _check(self) -> None:
-        bad = [name for name in sorted(self.map.pieces) if not self.map.agrees(name, self._cells(name))]
+        bad = [name for name in sorted(self.map.pieces) if not self.map.agrees(name, self._copy.cells(name))]
         if bad:
             raise DamagedObjectError(
                 f"{len(bad)} tensors of the engine are not those of version {self._copy.held.version}: "
