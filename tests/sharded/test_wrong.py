@@ -261,6 +261,33 @@ def test_a_shard_that_is_missing_from_a_manifest_is_an_error() -> None:
         reader(store)
 
 
+@pytest.mark.parametrize("left", [0, 1])
+def test_who_follows_is_told_of_a_newer_version_without_its_parts(left: int) -> None:
+    store, trainer, states = begun(2)
+    consumer, mine = reader(store)
+    trainer.publish(moved(states[0], 1))
+
+    def edit(value: dict[str, Any]) -> None:
+        del value["parts"][left:]
+        digests = [part["state"] for part in value["parts"]]
+        value["state"] = state_of_parts("blake3", value["tree"]["digest"], digests)
+        if not left:
+            value["format"] = "thinwire.manifest.v1"
+            del value["parts"]
+            value.update(deltas=[], anchor=[])
+
+    def go_on() -> None:
+        version = consumer.poll()
+        assert version is not None
+        version.apply(mine)
+
+    rewritten(store, 2, edit)
+    with pytest.raises(ThinwireError):
+        go_on()
+    assert consumer.version == 1
+    assert same_bits(mine, states[0])
+
+
 def test_parts_of_two_runs_cannot_be_mixed() -> None:
     store, _, _ = begun(2)
     other = MemoryStore()

@@ -99,8 +99,7 @@ class ShareTarget:
                     self.cells[full] = cells_of(place.tensor)
                 else:
                     self._staged[full] = place
-                    empty = np.empty(layout.cells, layout.dtype.cells)
-                    self.cells[full] = cells_of(place.tensor).copy() if read else empty
+                    self.cells[full] = _copied(place.tensor) if read else np.empty(layout.cells, layout.dtype.cells)
             self._mirrors += [place for _, place in places]
 
     @property
@@ -142,6 +141,11 @@ class ShareTarget:
         for name, mine in self.cells.items():
             mine[:] = cells[name]
         self.commit()
+
+
+def _copied(tensor: torch.Tensor) -> Cells:
+    """A copy of a tensor's cells, made once."""
+    return cells_of(tensor).copy() if is_host_view(tensor) else cells_of(tensor)
 
 
 def _distinct(held: Mapping[str, Held], aliases: Mapping[str, str]) -> dict[str, list[str]]:

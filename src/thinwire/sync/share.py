@@ -114,6 +114,7 @@ class Proof:
     """
 
     def __init__(self, remote: Remote, manifest: Manifest, share: Share, meter: Meter) -> None:
+        _check_parts(manifest, share)
         self.manifest, self.share = manifest, share
         partial = [part for part in share.parts() if part not in share.whole_parts]
 
@@ -213,6 +214,7 @@ def fetch_anchor(
         MalformedError: a file is damaged.
         ObjectNotFoundError, RetryError: as :meth:`Remote.fetch`.
     """
+    _check_parts(manifest, share)
 
     def fetch(part: int) -> dict[str, Cells]:
         missing = {chunk.name: chunk.full_name for chunk in share.of_part(part)}
@@ -237,6 +239,16 @@ def fetch_anchor(
     for found in _side_by_side(remote, fetch, share.parts()):
         cells.update(found)
     return {name: cells[name] for name in share.layouts}
+
+
+def _check_parts(manifest: Manifest, share: Share) -> None:
+    """Versions that name the same map of chunks have the parts that it speaks of."""
+    if len(manifest.parts) != share.chunks.parts:
+        raise MalformedError(
+            f"version {manifest.version} has {len(manifest.parts)} parts, its map of chunks {share.chunks.parts}",
+            expected=share.chunks.parts,
+            actual=len(manifest.parts),
+        )
 
 
 def _empty(layout: Layout) -> Cells:
@@ -265,6 +277,7 @@ def fetch_patch(
         MalformedError: a patch does not fit the map of chunks, or its segments reach over groups.
         DamagedObjectError, ObjectNotFoundError, RetryError: as :meth:`Remote.fetch`.
     """
+    _check_parts(manifest, share)
 
     def fetch(part: int) -> _Piece:
         ref = manifest.parts[part].deltas[0].object
