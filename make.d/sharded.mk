@@ -3,4 +3,6 @@
 .PHONY: test-sharded
 
 test-sharded: $(VENV)/.dev ## all tests of sharded training and serving, with four processes over Gloo
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m 'slow or not slow' --timeout 1800 tests/sharded
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m 'slow or not slow' --timeout 1800 tests/sharded \
+		tests/integrations/test_runtime.py tests/integrations/test_runtime_parts.py tests/integrations/test_serving_parts.py \
+		tests/cli/test_following.py tests/cli/test_following_parts.py tests/cli/test_sharded_stores.py

@@ -24,6 +24,7 @@ from thinwire.errors import MisuseError, NoPathError, RefuseError, StoreUnavaila
 from thinwire.integrations.newest import Newest
 from thinwire.integrations.runtime_mirror import PartsMirror, WholeMirror
 from thinwire.integrations.runtime_sync import RuntimeSync
+from thinwire.peers.memory import MemoryPeers, Room
 from thinwire.stores.memory import MemoryStore
 from thinwire.sync.trust import Trust
 from thinwire.tensors.bits import cells_of
@@ -203,6 +204,26 @@ def test_a_shared_cache_serves_engines_of_sharded_trainers(tmp_path: Path) -> No
     assert asked
     assert len(asked) == len(set(asked))
     assert {str(bits(engine)) for engine in engines} == {str(bits(loaded(weights, 0, 1)))}
+
+
+def test_peers_have_what_the_store_need_not_send_again() -> None:
+    room, store, weights = Room(), FaultyStore(MemoryStore()), checkpoint(0)
+    trainer = Parts(store, 2, anchor_ratio=100)
+    trainer.publish(weights)
+    engines = [Engine() for _ in range(2)]
+    followers = [RuntimeSync(store, e.tensors, e.load_weights, peers=MemoryPeers(room)) for e in engines]
+    begun_at = len(store.log)
+    for follower in followers:
+        follower.open()
+    stepped(weights, 1)
+    trainer.publish(weights)
+    for follower in followers:
+        assert follower.prepare() == 2
+        follower.swap()
+    asked = [done.key for done in store.log[begun_at:] if done.verb.startswith("get") and "objects/" in done.key]
+    assert sum(key.endswith("delta.safetensors") for key in asked) == 2  # one of each rank, for both
+    assert len(asked) == len(set(asked))
+    assert [bits(engine) for engine in engines] == [bits(loaded(weights, 0, 1))] * 2
 
 
 def test_keys_are_pinned_and_what_was_seen_is_remembered(tmp_path: Path) -> None:
