@@ -177,6 +177,7 @@ def test_two_cannot_write_to_one_folder(states: list[State], publish: Publish) -
     assert thinwire("pull", "s", "-o", "d", "--json").json["path"] == "held"  # the lock died with the process
 
 
+@pytest.mark.parametrize("publish", ["whole", pytest.param("of 2 ranks", marks=pytest.mark.slow)], indirect=True)
 def test_a_version_that_cannot_be_had_is_waited_out(states: list[State], publish: Publish) -> None:
     publish("s", states[:2])
     thinwire("pull", "s", "-o", "d")

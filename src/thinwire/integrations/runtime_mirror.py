@@ -272,8 +272,6 @@ class PartsMirror(ShardedConsumer):
 
     def open(self, version: int | None, timeout_s: float) -> int:
         manifest, meter = self.newest(timeout_s) if version is None else self._manifest(version), Meter()
-        if not manifest.parts:
-            raise MisuseError(f"version {manifest.version} is whole; read it with thinwire.Consumer")
         self._take(self._fetched(manifest, meter))
         self.forget()
         return meter.bytes
@@ -349,6 +347,8 @@ class PartsMirror(ShardedConsumer):
 
     def _fetched(self, manifest: Manifest, meter: Meter) -> ShareState:
         """All chunks of a version, from nothing."""
+        if not manifest.parts:
+            raise MisuseError(f"version {manifest.version} is whole; read it with thinwire.Consumer")
         try:
             share = Share.of(map_of(self._remote, manifest, self._maps), None)
         except RefetchError as error:
