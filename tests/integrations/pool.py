@@ -50,7 +50,9 @@ class RankPool:
             process.join()
         self._processes, self._pipes = [], []
 
-    def run(self, size: int, work: Callable[..., Any], *args: Any, timeout_s: float = 180.0, lost: int = 0) -> list[Any]:
+    def run(
+        self, size: int, work: Callable[..., Any], *args: Any, timeout_s: float = 180.0, lost: int = 0
+    ) -> list[Any]:
         """``lost`` ranks, the last ones, are expected to die; their result is None, and the pool is made anew."""
         if not self._processes:
             self._start()
