@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import time
+from collections import Counter
+from pathlib import Path
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -11,6 +15,7 @@ from tests.sharded.test_chunking import Spec, specs
 from thinwire.stores.memory import MemoryStore
 from thinwire.sync.sharded_consumer import ShardedConsumer
 from thinwire.sync.shards import Slice
+from thinwire.testing.faults import FaultyStore
 from thinwire.wire.chunks import Box
 
 KINDS = (torch.bfloat16, torch.float32, torch.int64, torch.float8_e4m3fn, torch.bool)
@@ -172,3 +177,32 @@ def test_a_reader_with_half_of_a_tensor_keeps_the_rest_of_its_chunks_beside() ->
         assert version is not None
         version.apply(held)
         assert same_bits(held, state)
+
+
+def test_workers_of_one_machine_share_a_cache(tmp_path: Path) -> None:
+    spec: Spec = {"a": ((300, 200), "rows"), "n": ((50,), "replicated")}
+    store, old = MemoryStore(), state_of_spec(spec, 0)
+    trainer, origin = Trainer(store, 2, spec, anchor_ratio=100), FaultyStore(store)
+    trainer.publish(old, step=0)
+    new = moved(old, 1)
+
+    def asked() -> Counter[str]:
+        return Counter(done.key for done in origin.log if done.verb == "get" and done.fault is None)
+
+    readers = []
+    for _ in range(3):
+        mine = empty_like(shards(old, spec, 0, 1))
+        readers.append((ShardedConsumer(origin, threads=1, poll_s=0.8, cache=tmp_path), mine))
+    for consumer, mine in readers:
+        consumer.load(mine)
+        assert same_bits(mine, old)
+    trainer.publish(new, step=1)
+    time.sleep(0.25)  # that it is absent is shared for a quarter of the poll interval
+    for consumer, mine in readers:
+        with consumer:
+            version = consumer.poll()
+            assert version is not None
+            version.apply(mine)
+        assert same_bits(mine, new)
+    for key, count in asked().items():
+        assert count == 1 or not key.startswith(("objects/", "manifests/0000000001")), key

@@ -13,25 +13,21 @@ import torch
 from thinwire.chain.plan import Hop
 from thinwire.errors import (
     MalformedError,
-    MisuseError,
     NoPathError,
     RefetchError,
     RefuseError,
     WrongBaseError,
 )
 from thinwire.peers import Carrier
-from thinwire.stores import open_store
-from thinwire.stores.cached import cached
 from thinwire.sync import events
 from thinwire.sync.apply import apply_patch
 from thinwire.sync.encode import Progress
 from thinwire.sync.following import Following, Offered
 from thinwire.sync.host import Fetched, HostState, fetch_path, fetch_state
 from thinwire.sync.layout import Layout
-from thinwire.sync.peering import leave, peered
-from thinwire.sync.remote import ReadableStore, Remote
+from thinwire.sync.remote import ReadableStore
 from thinwire.sync.target import Target
-from thinwire.sync.trust import Memory, Pinned, read_trust
+from thinwire.sync.trust import Pinned
 from thinwire.wire.digests import Tree
 from thinwire.wire.manifest import Manifest
 from thinwire.wire.patch import Patch
@@ -136,32 +132,12 @@ class Consumer(Following[Version]):
         cache: str | os.PathLike[str] | None = None,
         peers: str | Carrier | None = None,
     ) -> None:
-        if poll_s <= 0 or retry_s < 0:
-            raise MisuseError("poll_s must be positive and retry_s not negative")
-        opened: ReadableStore = open_store(store) if isinstance(store, str) else store
-        self._peered = peered(opened, peers)
-        self.store = cached(self._peered, cache, poll_s=poll_s)
-        self.poll_s, self.threads, self.observer = poll_s, threads, observer
-        self._remote = Remote(
-            events.observed(self.store, observer),
-            retry_s=retry_s,
-            floor=floor,
-            trust=None if trust is None else read_trust(trust),
-            memory=None if memory is None else Memory.open(memory),
-        )
-        self._avoid: set[str] = set()
+        super().__init__(
+            store, poll_s=poll_s, retry_s=retry_s, floor=floor, threads=threads, trust=trust, memory=memory,
+            observer=observer, cache=cache, peers=peers, in_parts=False,
+        )  # fmt: skip
         self._aliases: dict[str, str] = {}
         self._layouts: dict[str, Layout] = {}
-
-    def close(self) -> None:
-        """Leave the peers, if there are any. The end of the process does that, too."""
-        leave(self._peered)
-
-    def __enter__(self) -> Consumer:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
 
     # --- loading ---------------------------------------------------------------------------------------------------
 

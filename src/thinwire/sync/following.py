@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, Protocol, Self, TypeVar
 
 from thinwire.errors import MisuseError, NoPathError, ObjectNotFoundError, StoreUnavailableError
-from thinwire.stores import Notify
+from thinwire.peers import Carrier
+from thinwire.stores import Notify, open_store
+from thinwire.stores.cached import cached
+from thinwire.sync import events
+from thinwire.sync.peering import leave, peered
 from thinwire.sync.remote import ReadableStore, Remote
 from thinwire.sync.retrying import jittered
+from thinwire.sync.trust import Memory, Pinned, read_trust
 from thinwire.wire.manifest import Manifest, manifest_key
 
 __all__ = ["Following", "Offered"]
@@ -52,10 +58,47 @@ _V = TypeVar("_V", bound=_Numbered)
 class Following(ABC, Generic[_V]):
     """The part of a consumer that knows versions and time, and no weights."""
 
-    store: ReadableStore
-    poll_s: float
-    _remote: Remote
-    _held: Manifest | None = None
+    def __init__(
+        self,
+        store: str | ReadableStore,
+        *,
+        poll_s: float,
+        retry_s: float,
+        floor: int,
+        threads: int,
+        trust: Pinned | None,
+        memory: str | os.PathLike[str] | None,
+        observer: events.Observer | None,
+        cache: str | os.PathLike[str] | None,
+        peers: str | Carrier | None,
+        in_parts: bool,
+    ) -> None:
+        if poll_s <= 0 or retry_s < 0:
+            raise MisuseError("poll_s must be positive and retry_s not negative")
+        opened: ReadableStore = open_store(store) if isinstance(store, str) else store
+        self._peered = peered(opened, peers)
+        self.store: ReadableStore = cached(self._peered, cache, poll_s=poll_s)
+        self.poll_s, self.threads, self.observer = poll_s, threads, observer
+        self._remote = Remote(
+            events.observed(self.store, observer),
+            retry_s=retry_s,
+            floor=floor,
+            trust=None if trust is None else read_trust(trust),
+            memory=None if memory is None else Memory.open(memory),
+            in_parts=in_parts,
+        )
+        self._avoid: set[str] = set()
+        self._held: Manifest | None = None
+
+    def close(self) -> None:
+        """Leave the peers, if there are any. The end of the process does that, too."""
+        leave(self._peered)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
 
     @property
     def version(self) -> int | None:

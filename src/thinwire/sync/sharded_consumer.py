@@ -19,19 +19,19 @@ from thinwire.errors import (
     RefetchError,
     RefuseError,
 )
-from thinwire.stores import open_store
+from thinwire.peers import Carrier
 from thinwire.sync import events
 from thinwire.sync.apply import apply_patch
 from thinwire.sync.consumer import ApplyResult
 from thinwire.sync.encode import Progress
 from thinwire.sync.following import Following, Offered
 from thinwire.sync.ranks import Alone, Ranks, agree, ranks_of
-from thinwire.sync.remote import ReadableStore, Remote
+from thinwire.sync.remote import ReadableStore
 from thinwire.sync.sharded_state import ShareState, fetch_share, known_since, map_of, way_to
 from thinwire.sync.sharded_target import ShareTarget, check_fits, wanted_by
 from thinwire.sync.shards import Entries, Held, held_by
 from thinwire.sync.share import Meter, Proof, Share, fetch_patch
-from thinwire.sync.trust import Memory, Pinned, read_trust
+from thinwire.sync.trust import Pinned
 from thinwire.wire.chunks import ChunkMap
 from thinwire.wire.digests import Tree
 from thinwire.wire.manifest import Manifest
@@ -82,7 +82,8 @@ class ShardedConsumer(Following[ShardedVersion]):
         group: ranks that go from version to version together (the replicas of one engine): a process group; their calls
             are then collective, each version is the newest that all of them see, and all must apply what they are
             given. None: this process alone.
-        poll_s, retry_s, floor, threads, trust, memory, observer: as for :class:`~thinwire.Consumer`.
+        poll_s, retry_s, floor, threads, trust, memory, observer, cache, peers: as for :class:`~thinwire.Consumer`; a
+            cache and peers are asked for whole objects, and ranges of others come from the store.
 
     >>> import torch, thinwire
     >>> from thinwire.sync.shards import Slice
@@ -109,22 +110,16 @@ class ShardedConsumer(Following[ShardedVersion]):
         trust: Pinned | None = None,
         memory: str | os.PathLike[str] | None = None,
         observer: events.Observer | None = None,
+        cache: str | os.PathLike[str] | None = None,
+        peers: str | Carrier | None = None,
     ) -> None:
-        if poll_s <= 0 or retry_s < 0:
-            raise MisuseError("poll_s must be positive and retry_s not negative")
-        self.store: ReadableStore = open_store(store) if isinstance(store, str) else store
-        self.partial, self.poll_s, self.threads, self.observer = partial, poll_s, threads, observer
+        super().__init__(
+            store, poll_s=poll_s, retry_s=retry_s, floor=floor, threads=threads, trust=trust, memory=memory,
+            observer=observer, cache=cache, peers=peers, in_parts=True,
+        )  # fmt: skip
+        self.partial = partial
         self.ranks: Ranks = Alone() if group is None else ranks_of(group)
-        self._remote = Remote(
-            events.observed(self.store, observer),
-            retry_s=retry_s,
-            floor=floor,
-            trust=None if trust is None else read_trust(trust),
-            memory=None if memory is None else Memory.open(memory),
-            in_parts=True,
-        )
         self._maps: dict[str, ChunkMap] = {}
-        self._avoid: set[str] = set()
         self._share: Share | None = None
         self._tree: Tree | None = None
         self._beside: dict[str, Cells] = {}
