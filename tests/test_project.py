@@ -140,7 +140,17 @@ def test_examples_on_rented_machines_use_options_that_there_are(path: Path) -> N
     assert all(option in helps for option in used), used
 
 
-@pytest.mark.parametrize("path", [path for path in EXAMPLES if path not in RENTED], ids=lambda p: p.name)
+LONG = {"signal_weighted.py", "compressed_ddp.py", "local_steps.py"}  # several processes that train
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, id=path.name, marks=[pytest.mark.slow] if path.name in LONG else [])
+        for path in EXAMPLES
+        if path not in RENTED
+    ],
+)
 def test_examples_run(path: Path, tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, str(path)], cwd=tmp_path, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -137,6 +138,20 @@ def test_a_share_of_what_is_fetched_is_damaged_and_nothing_that_is_written() -> 
     assert counts["corrupted"] == corrupted > 5
     assert counts["cut"] >= cut > 0  # a cut on a connection that was kept open is asked for again by the store itself
     assert counts["object"] == 200 + counts["cut"] - cut
+
+
+def test_a_damaged_listing_is_an_error_of_the_store_or_names_other_keys() -> None:
+    inner = MemoryStore()
+    inner.put("manifests/1", [b"{}"])
+    with HttpServer(inner) as server, FaultProxy(server.endpoint, share=1, seed=2) as proxy:
+        store, seen = HttpStore(proxy.endpoint), Counter[str]()
+        for _ in range(200):
+            try:
+                seen[",".join(info.key for info in store.list("manifests/"))] += 1
+            except StoreUnavailableError as error:
+                seen["no listing" if "no listing" in str(error) else "cut"] += 1
+    assert seen["no listing"] > 0
+    assert seen["cut"] > 0
 
 
 def test_without_a_share_nothing_is_damaged_and_listings_are_counted() -> None:

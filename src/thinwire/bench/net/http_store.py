@@ -194,7 +194,11 @@ class HttpStore:
         after = self._prefix + start_after if start_after else ""
         _, data, _ = self._ask("GET", f"?list={quote(self._prefix + prefix)}&after={quote(after)}")
         cut = len(self._prefix)
-        return iter([ObjectInfo(key[cut:], size, modified_s) for key, size, modified_s in json.loads(data)])
+        try:
+            found = [ObjectInfo(key[cut:], size, modified_s) for key, size, modified_s in json.loads(data)]
+        except (ValueError, TypeError) as error:  # damaged on its way
+            raise StoreUnavailableError(f"{self._url} lists what is no listing: {error}") from error
+        return iter(found)
 
     def delete(self, key: str) -> None:
         self._ask("DELETE", check_key(key))
