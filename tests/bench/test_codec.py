@@ -13,8 +13,6 @@ from thinwire.bench.measure import Stopwatch, extra_memory, parse_size
 from thinwire.bench.peers import PEERS
 from thinwire.errors import MisuseError
 
-pytestmark = pytest.mark.xdist_group("codec")  # they share what takes long to make
-
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:

@@ -163,8 +163,6 @@ from thinwire.bench.gradients_worker import joined
 from thinwire.bench.net.launch import deliver
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 
-pytestmark = pytest.mark.xdist_group("gradients")  # they share what takes long to make
-
 class Model(torch.nn.Module):
     def __init__(self, shapes):
         super().__init__()

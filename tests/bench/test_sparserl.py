@@ -30,8 +30,6 @@ from thinwire.bench.sparserl_summary import METRICS, Summary, read_summaries, su
 from thinwire.errors import MalformedError, MisuseError
 from thinwire.lab.yaml_files import read_mapping
 
-pytestmark = pytest.mark.xdist_group("sparserl")  # they share what takes long to make
-
 ROOT = Path(__file__).resolve().parents[2]
 SMALL: dict[str, Any] = {
     "title": "a model of a few thousand weights", "steps": 2, "prompts": 2, "group": 2, "problems": 8, "seeds": [0, 1],

@@ -32,8 +32,6 @@ from thinwire.lab.rollouts import Rollouts
 pytest.importorskip("transformers")
 pytest.importorskip("plotly")
 
-pytestmark = pytest.mark.xdist_group("demo")  # they share what takes long to make
-
 
 def plan_in(folder: Path, **changes: Any) -> RunPlan:
     plan = RunPlan(folder, "nano", "a test", seed=1, lr=1e-3, steps=10, seconds=60.0, workers=2, max_staleness=4)

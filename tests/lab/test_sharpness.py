@@ -23,8 +23,6 @@ from thinwire.lab.sharpness import (
     summarise,
 )
 
-pytestmark = pytest.mark.xdist_group("sharpness")  # they share what takes long to make
-
 
 def sharp(seed: int, answers: int = 64) -> Tensor:
     generator = torch.Generator().manual_seed(seed)

@@ -16,8 +16,6 @@ from tests.lab.text_ranks import STALE
 from thinwire.lab.runlog import read_rows
 from thinwire.lab.text.recipe import train
 
-pytestmark = pytest.mark.xdist_group("text ranks")  # they share what takes long to make
-
 ROOT = Path(__file__).resolve().parents[2]
 
 
