@@ -19,7 +19,7 @@ from thinwire.lab.runlog import read_rows
 from thinwire.lab.trainer.options import COMPRESSORS
 from thinwire.lab.vision.recipe import train
 
-pytestmark = pytest.mark.slow  # test_text_ranks goes the same ways, with smaller models
+pytestmark = pytest.mark.slow  # test_text_ranks does most of this with smaller models
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 ROOT = Path(__file__).resolve().parents[2]
