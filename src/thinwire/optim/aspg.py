@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import numpy as np
 import torch
 from torch.optim import Optimizer
 
@@ -18,7 +19,7 @@ from thinwire.errors import MalformedError, MisuseError, RefuseError
 from thinwire.optim import kernels, residuals
 from thinwire.optim.flat import flat_pair, local
 from thinwire.optim.oracle import AdamStep, SGDStep
-from thinwire.optim.selection import Active, choose
+from thinwire.optim.selection import Active, choose, draw
 
 __all__ = ["ASPG"]
 
@@ -47,12 +48,17 @@ def _check(group: dict[str, Any]) -> None:
         raise MisuseError("refresh_every and stickiness must be at least 1")
     for name, known in (
         ("style", ("adam", "sgd")),
+        ("choice", ("gradient", "random")),
         ("scope", ("global", "tensor")),
         ("decay", ("active", "all")),
         ("residual_dtype", tuple(residuals.DTYPES)),
     ):
         if group[name] not in known:
             raise MisuseError(f"{name} must be {' or '.join(known)}, not {group[name]!r}")
+    if group["choice"] == "random" and group["error_feedback"]:
+        raise MisuseError(
+            "a random choice is kept, so what waits of other cells would wait for ever: no error_feedback"
+        )
     for p in group["params"]:
         if p.dtype not in kernels.FLOATS:
             raise MisuseError(f"ASPG knows float32, bfloat16 and float16, not {p.dtype}; convert the model")
@@ -73,6 +79,8 @@ class ASPG(Optimizer):
         warmup_steps: the set is chosen anew in each of the first so many steps, in which no average is one yet. The
             learning rate is a scheduler's matter, and density stays as it is, or memory would peak here.
         stickiness: an active cell counts so many times its importance: a single gradient is noisier than an average.
+        choice: ``gradient``, as above, or ``random``: cells drawn before the first step and kept, whatever their
+            gradients. ``seed`` draws the same ones on all ranks, and none but a change of density moves any.
         scope: ``global``, over all tensors of a group, or ``tensor``, the same share of each.
         decay: AdamW's decay of the ``active`` cells only, or of ``all``, which is a pass over all weights.
         masters: float32 weights of the active cells of 16-bit tensors (4 bytes more each), so that small steps add up.
@@ -101,6 +109,7 @@ class ASPG(Optimizer):
         eps: float = 1e-8, weight_decay: float = 0.01, style: str = "adam", momentum: float = 0.0,
         dampening: float = 0.0, nesterov: bool = False, refresh_every: int = 100, warmup_steps: int = 0,
         stickiness: float = 2.0, scope: str = "global", decay: str = "active", masters: bool = False,
+        choice: str = "gradient", seed: int = 0,
         error_feedback: bool = False, residual_dtype: str = "float32", nonfinite: str = "raise", maximize: bool = False,
         capturable: bool = False, foreach: bool | None = None,
     ) -> None:  # fmt: skip
@@ -119,7 +128,7 @@ class ASPG(Optimizer):
             "style": style, "momentum": momentum, "dampening": dampening, "nesterov": nesterov,
             "refresh_every": refresh_every, "warmup_steps": warmup_steps, "stickiness": stickiness, "scope": scope,
             "decay": decay, "masters": masters, "maximize": maximize, "error_feedback": error_feedback,
-            "residual_dtype": residual_dtype, "steps": 0, "chosen_density": 0.0,
+            "residual_dtype": residual_dtype, "choice": choice, "seed": seed, "steps": 0, "chosen_density": 0.0,
         }  # fmt: skip
         super().__init__(params, defaults)
 
@@ -131,6 +140,13 @@ class ASPG(Optimizer):
         except MisuseError:
             self.param_groups.pop()
             raise
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """As in torch; groups that were saved before there was a choice had the one by gradients."""
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group.setdefault("choice", "gradient")
+            group.setdefault("seed", 0)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -206,7 +222,8 @@ class ASPG(Optimizer):
     @staticmethod
     def _due(group: dict[str, Any]) -> bool:
         now = group["steps"]
-        early: bool = now % group["refresh_every"] == 0 or now < group["warmup_steps"]
+        again = group["choice"] == "gradient"
+        early: bool = again and (now % group["refresh_every"] == 0 or now < group["warmup_steps"])
         return early or group["chosen_density"] != group["density"]
 
     def needed(self, p: torch.Tensor) -> torch.Tensor | None:
@@ -227,6 +244,10 @@ class ASPG(Optimizer):
         k = max(1, round(group["density"] * sum(g.numel() for g in gradients)))
         if all(g.numel() == 0 for g in gradients):
             return [self._moved(group, item, *_everything(item)) for item in work]
+        if group["choice"] == "random":
+            random = np.random.default_rng((group["seed"], group["steps"]))
+            drawn = draw([g.numel() for g in gradients], [s["positions"] for *_, s in work], k, random)
+            return [self._moved(group, item, stay, new) for item, (stay, new) in zip(work, drawn, strict=True)]
         active = [Active(s["positions"], self._importance(group, g, s)) for _, _, g, s in work]
         hints = [s.get("threshold", 0.0) for *_, s in work if s["positions"].numel()]
         chosen = choose(gradients, active, k, min(hints, default=0.0))

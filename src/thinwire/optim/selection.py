@@ -17,10 +17,11 @@ import torch
 from thinwire.optim.kernels import absent, gather, histogram
 from thinwire.tensors.select import at_least, top_k
 
-__all__ = ["Active", "Choice", "choose"]
+__all__ = ["Active", "Choice", "choose", "draw"]
 
 _TINY = 1.401298464324817e-45  # the smallest magnitude that is not zero
 _BELOW = 0.9  # thresholds fall slowly: of normal gradients, at 1 %, twice as many cells lie above
+_HYPERGEOMETRIC_MAX = 10**9
 _INFINITE = 0x7F80  # the leading bits of infinity; those of NaN are as large or larger
 
 
@@ -100,3 +101,56 @@ def _among(
     count = len(entrants)
     pairs = [(parts[t], entrants[t][parts[count + t]]) for t in range(count)]
     return Choice(pairs, best.threshold, joined.numel() >= k)
+
+
+def draw(
+    sizes: Sequence[int], active: Sequence[torch.Tensor], k: int, random: np.random.Generator
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """``k`` cells of all tensors together at random, each set of so many as likely as any other, by the fewest changes:
+    all that are active stay if there are not more than ``k``, else none enters. As ``Choice.parts``.
+
+    Takes time and memory for the cells that are drawn, not for all there are. ``active`` are positions int32,
+    strictly increasing.
+
+    >>> (stay, new), = draw([10], [torch.tensor([2, 3], dtype=torch.int32)], 4, np.random.default_rng(0))
+    >>> stay.tolist(), len(new), {2, 3} & set(new.tolist())
+    ([True, True], 2, set())
+    """
+    held = [len(positions) for positions in active]
+    if k <= sum(held):
+        kept = _counts(held, k, random)
+        return [_kept(positions, n, random) for positions, n in zip(active, kept, strict=True)]
+    free = [size - n for size, n in zip(sizes, held, strict=True)]
+    entering = _counts(free, min(k, sum(sizes)) - sum(held), random)
+    return [
+        (torch.ones_like(positions, dtype=torch.bool), _entrants(positions, room, n, random))
+        for positions, room, n in zip(active, free, entering, strict=True)
+    ]
+
+
+def _counts(sizes: Sequence[int], k: int, random: np.random.Generator) -> list[int]:
+    """How many of ``k`` cells that are drawn from all sets together fall into each: hypergeometric, set by set."""
+    rest, found = sum(sizes), []
+    for size in sizes:
+        rest -= size
+        if max(size, rest) < _HYPERGEOMETRIC_MAX:
+            n = int(random.hypergeometric(size, rest, k)) if k and size else 0
+        else:  # numpy does not draw beyond; with so many cells it is binomial to the last digit
+            n = min(max(int(random.binomial(k, size / (size + rest))), k - rest), size, k)
+        found.append(n)
+        k -= n
+    return found
+
+
+def _kept(positions: torch.Tensor, n: int, random: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    stay = torch.zeros_like(positions, dtype=torch.bool)
+    stay[torch.from_numpy(random.choice(len(positions), n, replace=False)).to(stay.device)] = True
+    return stay, positions[:0]
+
+
+def _entrants(positions: torch.Tensor, room: int, n: int, random: np.random.Generator) -> torch.Tensor:
+    """``n`` of the ``room`` cells that are not at ``positions``."""
+    ranks = np.sort(random.choice(room, n, replace=False))  # among those that are not active
+    held = positions.cpu().numpy().astype(np.int64)
+    below = np.searchsorted(held - np.arange(len(held)), ranks, side="right")  # active cells before each of them
+    return torch.from_numpy((ranks + below).astype(np.int32)).to(positions.device)
