@@ -12,12 +12,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 
-from thinwire.errors import MisuseError, RetryError, ThinwireError
+from thinwire.errors import DamagedObjectError, MisuseError, RetryError, ThinwireError
 from thinwire.integrations.runtime_sync import RuntimeSync, SwapReport
 from thinwire.integrations.served import Served
 from thinwire.sync.remote import ReadableStore
@@ -247,15 +248,14 @@ class Generator:
 
     def _prove(self) -> None:
         """While nobody waits: compare the model's memory with the version, bit by bit, and mend it if need be."""
-        if self.sync.ready is None:
-            version = self.at.version
+        version = self.at.version
+        with suppress(MisuseError):  # one has become ready meanwhile: it is written next, and proved after that
             try:
                 self.sync.verify()
-            except ThinwireError as error:
+                self.proved = version
+            except DamagedObjectError as error:
                 self._note(error)
-                self.sync.rewrite()
-                self.sync.verify()
-            self.proved = version
+                self.sync.rewrite()  # and compared again, the next time nobody waits
 
     def _note(self, error: Exception) -> None:
         self.trouble = f"{type(error).__name__}: {error}"
