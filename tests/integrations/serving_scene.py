@@ -6,7 +6,7 @@ import http.client
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,14 @@ from thinwire.integrations.metrics import Metrics, ServingMetrics
 from thinwire.integrations.serving import Server
 
 PROMPT = [5, 6, 7]
+
+
+def wait_until(true: Callable[[], bool], *, timeout_s: float = 60.0) -> None:
+    """Ask again and again until it is ``true``; an AssertionError if it does not become so."""
+    end = time.monotonic() + timeout_s
+    while not true():
+        assert time.monotonic() < end, f"not true within {timeout_s:g} s"
+        time.sleep(0.02)
 
 
 class Scene:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import pytest
 import torch
 
 import thinwire
-from tests.integrations.serving_scene import PROMPT, Scene, scene
+from tests.integrations.serving_scene import PROMPT, Scene, scene, wait_until
 from tests.integrations.tiny_model import WORDS, greedy, model_of, save_folder
 from thinwire.errors import MisuseError, StoreUnavailableError
 from thinwire.integrations.generation import Generator, Request
@@ -59,10 +58,7 @@ def test_each_version_answers_as_a_fresh_model_does_and_says_its_name(folder: Pa
             assert found["thinwire"]["digest"].startswith(found["system_fingerprint"])
             assert headers["X-Thinwire-Version"] == str(version)
             assert headers["X-Thinwire-Digest"] == found["thinwire"]["digest"]
-        end = time.monotonic() + 30
-        while here.get("/healthz")["proved"] < 3 and time.monotonic() < end:
-            time.sleep(0.02)
-        assert here.get("/healthz")["proved"] == 3  # compared with the published bits while nobody asked
+        wait_until(lambda: here.get("/healthz")["proved"] == 3)  # compared with the published bits while nobody asked
         assert here.get("/v1/models")["data"][0]["thinwire"]["version"] == 3
         text = here.get("/metrics")
         assert 'thinwire_requests_total{code="200",path="/v1/completions"} 3.0' in text
@@ -192,9 +188,7 @@ def test_a_store_that_fails_leaves_the_version_that_is_served(folder: Path) -> N
     store = Failing()
     with scene(folder, store) as here:
         store.down = True
-        end = time.monotonic() + 30
-        while here.get("/healthz")["status"] == "ok" and time.monotonic() < end:
-            time.sleep(0.05)
+        wait_until(lambda: here.get("/healthz")["status"] != "ok")
         assert "switched off" in here.get("/healthz")["trouble"]
         assert here.post({"prompt": PROMPT, "max_tokens": 1})["thinwire"]["version"] == 1
         store.down = False
@@ -208,10 +202,37 @@ def test_weights_that_somebody_else_writes_to_are_found_and_mended(folder: Path)
             here.served.tensors["model.norm.weight"].add_(1)
         here.publish()
         here.until(2)
-        end = time.monotonic() + 30
-        while here.generator.proved < 2 and time.monotonic() < end:
-            time.sleep(0.02)
+        wait_until(lambda: here.generator.proved == 2)
         assert torch.equal(here.served.tensors["model.norm.weight"], here.models[2].state_dict()["model.norm.weight"])
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_version_that_becomes_ready_during_the_proof_is_no_trouble(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, damaged: bool
+) -> None:
+    with scene(folder) as here:
+        wait_until(lambda: here.generator.proved == 1)
+        verify, met = here.generator.sync.verify, threading.Event()
+
+        def meeting() -> None:
+            if not met.is_set():
+                if damaged:
+                    with torch.no_grad():
+                        here.served.tensors["model.norm.weight"].add_(1)
+                here.publish()
+                wait_until(lambda: here.generator.sync.ready == 3)
+                met.set()
+            verify()
+
+        monkeypatch.setattr(here.generator.sync, "verify", meeting)
+        here.until(here.publish())  # whose proof the next one meets
+        assert met.wait(60)
+        health = here.until(3)
+        assert health["status"] == "ok"
+        wait_until(lambda: here.generator.proved == 3)
+        for name, tensor in here.models[3].state_dict().items():
+            if name in here.served.tensors:
+                assert torch.equal(here.served.tensors[name], tensor), name
 
 
 def test_an_adapter_is_served_on_its_base(folder: Path, tmp_path: Path) -> None:

@@ -225,10 +225,12 @@ class Generator:
             if ready:
                 self._queue.remove(ready[0])
                 return ready[0]
-            if self.sync.ready is None and not self._stopping:
-                idle = self.proved == self.at.version
-                if not self._changed.wait(0.05 if self._queue or not idle else 1.0) and not idle:
-                    self._prove()
+            if self.sync.ready is not None or self._stopping:
+                return None
+            proved = self.proved == self.at.version
+            woken = self._changed.wait(0.05 if self._queue or not proved else 1.0)
+        if not woken and not proved:
+            self._prove()  # without the lock: requests can be put into the queue meanwhile
         return None
 
     def _swap(self) -> None:
