@@ -14,6 +14,8 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
     _mine = max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
     os.environ.setdefault("OMP_NUM_THREADS", str(_mine))
 
+pytest.register_assert_rewrite("thinwire.testing")  # failures inside the contracts explain themselves
+
 hypothesis.settings.register_profile("default", deadline=None, max_examples=60, derandomize=bool(os.environ.get("CI")))
 hypothesis.settings.register_profile("long", deadline=None, max_examples=2000)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))

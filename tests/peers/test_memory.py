@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import pytest
@@ -12,13 +13,22 @@ from thinwire.errors import MisuseError
 from thinwire.peers import Carrier, open_peers
 from thinwire.peers.memory import MemoryPeers, Room
 from thinwire.stores.memory import MemoryStore
-from thinwire.testing.peers import BadPeers, CarrierContract
+from thinwire.testing.peers import BadPeers, CarrierContract, JointContract
 
 
 class TestContract(CarrierContract):
     def run(self, scenario: Callable[..., Any], *args: Any) -> list[Any]:
         room = Room()
         return run_threads([MemoryPeers(room) for _ in range(self.parties)], scenario, *args)
+
+
+class TestJointContract(JointContract):
+    @cached_property
+    def room(self) -> Room:
+        return Room()
+
+    def carrier(self) -> MemoryPeers:
+        return MemoryPeers(self.room)
 
 
 def test_bytes_are_counted_at_both_ends() -> None:

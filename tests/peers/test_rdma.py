@@ -17,7 +17,7 @@ from thinwire.errors import MisuseError, RetryError
 from thinwire.peers.rdma import Rdma
 from thinwire.peers.rendezvous import HINT_KEY, Rendezvous, Tickets, hint_bytes
 from thinwire.stores.memory import MemoryStore
-from thinwire.testing.peers import CarrierContract, body
+from thinwire.testing.peers import CarrierContract, JointContract, body
 
 KEY = "objects/0000000001-ab/delta.safetensors"
 SIZE = 200_000
@@ -28,6 +28,11 @@ class TestContract(CarrierContract):
 
     def run(self, scenario: Callable[..., Any], *args: Any) -> list[Any]:
         return run_threads([Rdma(Copying()) for _ in range(self.parties)], scenario, *args)
+
+
+class TestJointContract(JointContract):
+    def carrier(self) -> Rdma:
+        return Rdma(Copying())
 
 
 def got(carrier: Rdma, size_max: int = SIZE) -> bytes | None:

@@ -25,7 +25,7 @@ from thinwire.peers.protocol import Blob
 from thinwire.peers.rendezvous import HINT_KEY, Rendezvous
 from thinwire.peers.torrent import Swarm
 from thinwire.stores.memory import MemoryStore
-from thinwire.testing.peers import CarrierContract
+from thinwire.testing.peers import CarrierContract, JointContract
 
 lt = pytest.importorskip("libtorrent")
 KEY = "objects/0000000001-0011aabb/delta.safetensors"
@@ -72,6 +72,11 @@ def swarms(count: int, store: Counting, *, publisher: bool = True, **options: An
         finally:
             for swarm in made:
                 swarm.leave()
+
+
+class TestJointContract(JointContract):
+    def carrier(self) -> Swarm:
+        return Swarm(listen=LOCAL)
 
 
 def got(swarm: Swarm, key: str = KEY, size_max: int = SIZE, stall_s: float = 8.0) -> bytes | None:

@@ -11,8 +11,6 @@ import pytest
 
 from thinwire.stores.cloud import CloudStore
 
-pytest.register_assert_rewrite("thinwire.testing.stores")
-
 
 @pytest.fixture(scope="session")
 def moto_endpoint() -> Iterator[str]:

@@ -6,6 +6,6 @@
 from __future__ import annotations
 
 from thinwire.peers.opening import open_peers
-from thinwire.peers.protocol import Blob, Carrier, Origin
+from thinwire.peers.protocol import Blob, Carrier, Joint, Origin
 
-__all__ = ["Blob", "Carrier", "Origin", "open_peers"]
+__all__ = ["Blob", "Carrier", "Joint", "Origin", "open_peers"]

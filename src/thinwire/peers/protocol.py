@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol, runtime_checkable
 
-__all__ = ["Blob", "Carrier", "Origin", "Progress"]
+__all__ = ["Blob", "Carrier", "Joint", "Origin", "Progress"]
 
 Blob = Sequence[bytes | bytearray | memoryview]
 """An object's bytes as consecutive buffers."""
@@ -76,4 +76,25 @@ class Carrier(Protocol):
 
     def leave(self) -> None:
         """Stop carrying; everything held goes. May be called twice, and while others fetch."""
+        ...
+
+
+@runtime_checkable
+class Joint(Protocol):
+    """What a carrier can do besides, so that several processes publish as one: the ranks of a sharded trainer.
+
+    The first one joins with ``publishing=True``; the others :meth:`join_at` where it says that workers meet.
+    """
+
+    def meeting(self) -> bytes:
+        """Where workers meet, and what lets publishers speak there. Only for processes of the same publisher."""
+        ...
+
+    def join_at(self, origin: Origin, meeting: bytes) -> None:
+        """Take part as a further process of the publisher whose first one said ``meeting``.
+
+        Raises:
+            MisuseError: as :meth:`Carrier.join`.
+            MalformedError: that is no meeting of such a carrier.
+        """
         ...

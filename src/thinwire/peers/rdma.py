@@ -181,6 +181,14 @@ class Rdma:
         if publishing and self._named is None:
             self._rendezvous = Rendezvous(port=self._rendezvous_port)
 
+    def meeting(self) -> bytes:
+        return hint_bytes(self._addresses(), self._secret)
+
+    def join_at(self, origin: Origin, meeting: bytes) -> None:
+        hint = parse_hint(meeting)
+        self._named, self._secret = self._named or hint.addresses, hint.secret
+        self.join(origin, publishing=True)
+
     def carries(self, key: str, size: int) -> bool:
         return size >= self._bytes_min and len(key) <= 512
 
@@ -194,12 +202,14 @@ class Rdma:
 
     # --- the rendezvous ----------------------------------------------------------------------------------------------
 
+    def _addresses(self) -> list[str]:
+        """Of a publisher's rendezvous."""
+        return self._named or [] if self._rendezvous is None else self._rendezvous.addresses
+
     def _tickets(self) -> Tickets | None:
         """The rendezvous' tickets; None while nobody has said where it is."""
         if self._publishing:
-            addresses = self._rendezvous.addresses if self._rendezvous is not None else self._named
-            assert addresses is not None
-            return Tickets(addresses, holder=self._holder, secret=self._secret)
+            return Tickets(self._addresses(), holder=self._holder, secret=self._secret)
         hint = self._hinted_at()
         if hint is None:
             return None
@@ -218,8 +228,7 @@ class Rdma:
 
     def _tell(self) -> None:
         if self._publishing and not self._hinted and self._origin is not None:
-            addresses = self._rendezvous.addresses if self._rendezvous is not None else self._named or []
-            self._origin.put(HINT_KEY, [hint_bytes(addresses, self._secret)])
+            self._origin.put(HINT_KEY, [self.meeting()])
             self._hinted = True
 
     # --- giving ------------------------------------------------------------------------------------------------------

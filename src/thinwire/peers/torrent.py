@@ -155,6 +155,7 @@ class Swarm:
         self._rendezvous_port = rendezvous_port
         self._origin: Origin | None = None
         self._publishing = self._left = self._hinted = False
+        self._hint_data = b""
         self._engine = _Engine()
         self._lock = threading.RLock()
         self._torrents: OrderedDict[str, Torrent] = OrderedDict()
@@ -170,6 +171,16 @@ class Swarm:
         self._origin, self._publishing = origin, publishing
         if publishing and self._named is None:
             self._engine.rendezvous = Rendezvous(port=self._rendezvous_port)
+            self._hint_data = hint_bytes(self._engine.rendezvous.addresses)
+
+    def meeting(self) -> bytes:
+        return hint_bytes(self._named or []) if self._engine.rendezvous is None else self._hint_data
+
+    def join_at(self, origin: Origin, meeting: bytes) -> None:
+        addresses = parse_hint(meeting).addresses
+        if self._named is None:
+            self._named, self._hint_data = addresses, meeting
+        self.join(origin, publishing=True)
 
     def carries(self, key: str, size: int) -> bool:
         # a description in skips/ would be taken for a patch by listings
@@ -299,10 +310,9 @@ class Swarm:
         self._trim()
 
     def _tell(self) -> None:
-        """Say in the store where this publisher's rendezvous is, once."""
-        rendezvous = self._engine.rendezvous
-        if rendezvous is not None and not self._hinted and self._origin is not None:
-            self._origin.put(HINT_KEY, [hint_bytes(rendezvous.addresses)])
+        """Say in the store where this publisher's rendezvous is, once; not where workers are told otherwise."""
+        if self._hint_data and not self._hinted and self._origin is not None:
+            self._origin.put(HINT_KEY, [self._hint_data])
             self._hinted = True
 
     # --- taking ------------------------------------------------------------------------------------------------------

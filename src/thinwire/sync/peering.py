@@ -18,13 +18,14 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar, cast, final
 
-from thinwire.errors import MisuseError, RetryError
-from thinwire.peers import Carrier, open_peers
+from thinwire.errors import MisuseError, RetryError, ThinwireError
+from thinwire.peers import Carrier, Joint, open_peers
 from thinwire.stores.encrypted import EncryptedStore
 from thinwire.stores.protocol import Blob, Distrust, Notify, ObjectInfo, Store
+from thinwire.sync.ranks import Ranks, agree
 from thinwire.wire.skip import SKIPS_PREFIX
 
-__all__ = ["PeerStore", "leave", "peered"]
+__all__ = ["PeerStore", "leave", "peered", "peered_ranks"]
 
 _log = logging.getLogger(__name__)
 _S = TypeVar("_S")
@@ -80,6 +81,7 @@ class PeerStore:
         inner: the store. It may be one that can only get and list, as a consumer's.
         carrier: the way to the peers; it is joined to this store's run here.
         publishing: others find one another through this worker.
+        meeting: this is a further process of the publisher that said so (:class:`~thinwire.peers.Joint`).
         stall_s: peers that send nothing for so long are given up.
 
     ``peer_bytes`` and ``store_bytes`` count what came which way, of the objects that peers may carry.
@@ -97,7 +99,15 @@ class PeerStore:
     (b'weights', 7, 0)
     """
 
-    def __init__(self, inner: Store, carrier: Carrier, *, publishing: bool = False, stall_s: float = 5.0) -> None:
+    def __init__(
+        self,
+        inner: Store,
+        carrier: Carrier,
+        *,
+        publishing: bool = False,
+        meeting: bytes | None = None,
+        stall_s: float = 5.0,
+    ) -> None:
         if stall_s <= 0:
             raise MisuseError(f"stall_s is a time above 0, not {stall_s:g}")
         self.inner, self.carrier, self.stall_s = inner, carrier, stall_s
@@ -109,7 +119,10 @@ class PeerStore:
         self.create_is_atomic: bool = getattr(inner, "create_is_atomic", True)
         if isinstance(inner, Notify):
             self.wait_for = inner.wait_for
-        carrier.join(_Origin(inner), publishing=publishing)
+        if meeting is None:
+            carrier.join(_Origin(inner), publishing=publishing)
+        else:
+            joint(carrier).join_at(_Origin(inner), meeting)
 
     @property
     def url(self) -> str:
@@ -279,8 +292,27 @@ class _Origin:
         self._verb("put")(key, data)
 
 
-def peered(store: _S, peers: str | Carrier | None, *, publishing: bool = False) -> _S:
-    """``store`` with peers; itself without any.
+def joint(carrier: Carrier) -> Joint:
+    """``carrier``, if several processes can publish with it as one. Raises MisuseError if not."""
+    if not isinstance(carrier, Joint):
+        raise MisuseError(f"the ranks of a sharded publisher cannot share {carrier.name}; take 'swarm', 'nixl', ...")
+    return carrier
+
+
+def carrier_of(peers: str | Carrier) -> Carrier:
+    """The carrier that a word, a URL or a carrier names.
+
+    Raises:
+        MisuseError: there are no such peers, or a package for them is missing.
+    """
+    carrier = open_peers(peers) if isinstance(peers, str) else peers
+    if not isinstance(carrier, Carrier):
+        raise MisuseError(f"peers are a word such as 'swarm', or a carrier; not {type(peers).__name__}")
+    return carrier
+
+
+def peered(store: _S, peers: str | Carrier | None, *, publishing: bool = False, meeting: bytes | None = None) -> _S:
+    """``store`` with peers; itself without any. ``publishing`` and ``meeting`` as :class:`PeerStore` takes them.
 
     Where ``store`` encrypts, the peers come beneath: what travels between them is what lies in the store, encrypted.
 
@@ -289,12 +321,42 @@ def peered(store: _S, peers: str | Carrier | None, *, publishing: bool = False) 
     """
     if peers is None:
         return store
-    carrier = open_peers(peers) if isinstance(peers, str) else peers
-    if not isinstance(carrier, Carrier):
-        raise MisuseError(f"peers are a word such as 'swarm', or a carrier; not {type(peers).__name__}")
+    carrier = carrier_of(peers)
     if isinstance(store, EncryptedStore):
-        return cast("_S", store.around(PeerStore(store.inner, carrier, publishing=publishing)))
-    return cast("_S", PeerStore(cast("Store", store), carrier, publishing=publishing))
+        return cast("_S", store.around(PeerStore(store.inner, carrier, publishing=publishing, meeting=meeting)))
+    return cast("_S", PeerStore(cast("Store", store), carrier, publishing=publishing, meeting=meeting))
+
+
+def peered_ranks(store: _S, peers: str | Carrier | None, ranks: Ranks) -> _S:
+    """``store`` with peers, to which all ranks of a publisher give: workers meet where the first rank says.
+
+    Called by all ranks at the same time, unless there are no peers.
+
+    Raises:
+        MisuseError: as :func:`peered`; several ranks cannot share such a carrier.
+        RetryError: a rank does not answer.
+    """
+    if peers is None:
+        return store
+    made: list[_S] = []
+
+    def first() -> bytes:
+        if ranks.rank != 0:
+            return b""
+        carrier = carrier_of(peers)
+        meet = joint(carrier) if ranks.size > 1 else None
+        made.append(peered(store, carrier, publishing=True))
+        return b"" if meet is None else meet.meeting()
+
+    meeting = agree(ranks, first)[0]
+    try:
+        if ranks.size > 1:
+            agree(ranks, lambda: None if made else made.append(peered(store, peers, meeting=meeting)))
+    except ThinwireError:
+        for store in made:
+            leave(store)
+        raise
+    return made[0]
 
 
 def leave(store: object) -> None:

@@ -17,11 +17,13 @@ from thinwire.errors import (
     MisuseError,
     RetryError,
 )
+from thinwire.peers import Carrier
 from thinwire.stores import Store, open_store
 from thinwire.sync.chunking import GROUP_CELLS
 from thinwire.sync.committing import Background, check_create, create_manifest, upload
 from thinwire.sync.encode import Options, Progress
 from thinwire.sync.events import Observer, observed, published, tell
+from thinwire.sync.peering import leave, peered_ranks
 from thinwire.sync.pending import PublishReport, head_of, signed
 from thinwire.sync.ranks import Ranks, agree, ranks_of
 from thinwire.sync.remote import HINT_KEY, Remote, hint_bytes
@@ -45,6 +47,8 @@ class ShardedPublisher:
             chunks only. Readers of any other sharding work, too, and fetch somewhat more. See ``docs/sharding.md``.
         group_cells: cells after which a group of chunks ends; readers fetch and keep whole groups. Smaller ones serve
             readers of few layers, and cost a segment each.
+        peers: give objects to the workers directly, too: ``"swarm"``, ``"nixl"``, ... Each rank gives its own. With
+            peers, all ranks make their publishers at the same time. A carrier that is passed is this rank's alone.
         dtype, level, values, hash, anchor_ratio, anchor_every, single_publisher, shard_bytes_max, threads, retry_s,
             key, trust, adopt, observer: as for :class:`~thinwire.Publisher`; the same on all ranks. Rank 0 signs.
 
@@ -94,6 +98,7 @@ class ShardedPublisher:
         trust: Pinned | None = None,
         adopt: str | None = None,
         observer: Observer | None = None,
+        peers: str | Carrier | None = None,
     ) -> None:
         if hash not in HASHES:
             raise MisuseError(f"hash must be one of {', '.join(HASHES)}, not {hash!r}")
@@ -102,8 +107,9 @@ class ShardedPublisher:
         if slices < 1 or group_cells < 1:
             raise MisuseError("slices and group_cells must be positive")
         self.observer = observer
-        self.store: Store = observed(open_store(store) if isinstance(store, str) else store, observer)
         self.ranks = ranks_of(group)
+        self._peered = peered_ranks(open_store(store) if isinstance(store, str) else store, peers, self.ranks)
+        self.store: Store = observed(self._peered, observer)
         self.hash, self.single_publisher, self.retry_s = hash, single_publisher, retry_s
         self.anchor_ratio, self.anchor_every = anchor_ratio, anchor_every
         self._signers = signers_of(key) if self.ranks.rank == 0 else ()
@@ -174,10 +180,11 @@ class ShardedPublisher:
             return self._settle()
 
     def close(self) -> None:
-        """Wait for the version under way and stop the background thread. On all ranks."""
+        """Wait for the version under way, stop the background thread and leave the peers. On all ranks."""
         try:
             self.flush()
         finally:
+            leave(self._peered)
             self._background.close()
 
     def __enter__(self) -> ShardedPublisher:
@@ -187,6 +194,7 @@ class ShardedPublisher:
         if kind is None:
             self.close()
         else:  # after an error the other ranks may not be there to close with
+            leave(self._peered)
             self._background.close(wait=False)
 
     # --- the chain's end -------------------------------------------------------------------------------------------

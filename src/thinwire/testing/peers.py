@@ -8,16 +8,18 @@ sent to other processes.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from random import Random
 from typing import Any, Literal
 
-from thinwire.errors import RetryError
-from thinwire.peers.protocol import Blob, Carrier, Origin, Progress
+from thinwire.errors import MalformedError, RetryError
+from thinwire.peers.protocol import Blob, Carrier, Joint, Origin, Progress
+from thinwire.stores.memory import MemoryStore
 
-__all__ = ["BadPeers", "CarrierContract", "Party"]
+__all__ = ["BadPeers", "CarrierContract", "JointContract", "Party"]
 
 STALL_S = 3.0
 
@@ -219,6 +221,60 @@ class CarrierContract:
         for fine, took in self.run(lose_the_publisher, self.size):
             assert fine
             assert took < self.patience_s
+
+
+class JointContract:
+    """What a carrier with which several processes publish as one must do (:class:`~thinwire.peers.Joint`).
+
+    Subclass it and give it ``carrier``, which makes one that was not joined yet, of the same run each time.
+    """
+
+    size = (1 << 20) + 5
+
+    def carrier(self) -> Carrier:
+        raise NotImplementedError("give the subclass a method 'carrier'")
+
+    @contextmanager
+    def _run(self) -> Iterator[tuple[MemoryStore, Carrier, Carrier, Party]]:
+        """Two processes of a publisher, and a worker that joined before they said anything."""
+        store = MemoryStore()
+        first, second, worker = (self.carrier() for _ in range(3))
+        assert isinstance(first, Joint)
+        assert isinstance(second, Joint)
+        worker.join(store, publishing=False)
+        first.join(store, publishing=True)
+        second.join_at(store, first.meeting())
+        try:
+            yield store, first, second, Party(worker, 2, 3, store, lambda: None)
+        finally:
+            for carrier in (first, second, worker):
+                carrier.leave()
+
+    def test_workers_get_what_each_of_them_offers(self) -> None:
+        with self._run() as (store, first, second, worker):
+            for n, carrier in enumerate((second, first)):
+                store.put(_key(f"part-{n}"), [body(n, self.size)])
+                carrier.offer(_key(f"part-{n}"), [body(n, self.size)])
+            for n in range(2):
+                assert worker.eventually(_key(f"part-{n}"), self.size) == body(n, self.size)
+
+    def test_one_of_them_alone_is_found(self) -> None:
+        with self._run() as (store, _, second, worker):
+            store.put(_key("part"), [body(6, self.size)])
+            second.offer(_key("part"), [body(6, self.size)])
+            assert worker.eventually(_key("part"), self.size) == body(6, self.size)
+
+    def test_no_meeting_is_refused(self) -> None:
+        for meeting in (b"", b"{}", b"[" * 3000, b"\xff" * 40, b'{"rendezvous": ["nowhere"]}'):
+            carrier = self.carrier()
+            assert isinstance(carrier, Joint)
+            try:
+                carrier.join_at(MemoryStore(), meeting)
+            except MalformedError:
+                continue
+            finally:
+                carrier.leave()
+            raise AssertionError(f"{meeting[:20]!r} was taken for a meeting")
 
 
 class BadPeers:

@@ -1,9 +1,0 @@
-"""Failures inside the contracts explain themselves."""
-
-from __future__ import annotations
-
-import pytest
-
-pytest.register_assert_rewrite(
-    "thinwire.testing.codecs", "thinwire.testing.compressors", "thinwire.testing.laws", "thinwire.testing.groups"
-)
