@@ -7,14 +7,16 @@ Four ranks (threads of this process) train one model in bf16, of whose elements 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from typing import Any
 
 import numpy as np
 import torch
 
 from thinwire.stores.memory import MemoryStore
+from thinwire.sync.chunking import GROUP_CELLS
 from thinwire.sync.pending import PublishReport
 from thinwire.sync.sharded_consumer import ShardedConsumer
 from thinwire.sync.sharded_publisher import ShardedPublisher
@@ -99,33 +101,36 @@ def measure(
     width: int = 768,
     density: float = 0.01,
     ranks: int = 4,
-    runs: tuple[tuple[str, int], ...] = (("small", 1), ("small", 4), ("small", 8)),
+    level: str = "small",
+    slices: Sequence[int] = (1, 4, 8),
+    group_cells: Sequence[int] = (GROUP_CELLS,),
 ) -> Iterator[dict[str, Any]]:
-    """One row for each (level, slices) of ``runs`` and kind of reader."""
+    """One row for each of ``slices``, ``group_cells`` and kinds of reader; every reader's cells are compared."""
     generator = torch.Generator().manual_seed(0)
     first = {n: (0.02 * torch.randn(s, generator=generator)).bfloat16() for n, s in shapes_of(layers, width).items()}
     second = _nudged(first, density, 1)
-    for level, slices in runs:
+    for cut, cells in product(slices, group_cells):
         store = MemoryStore()
-        report = _publish(store, ranks, slices, level, [first, second])
+        report = _publish(store, ranks, cut, cells, level, [first, second])
         trees = sum(info.size for info in store.list("objects/0000000002") if info.key.endswith("tree.json"))
         for kind in READERS:
             yield {
                 "bench": "sharded", "layers": layers, "width": width, "density": density, "level": level,
-                "slices": slices, "ranks": ranks, "reader": kind, "state_bytes": report.full_bytes,
+                "slices": cut, "group_cells": cells, "ranks": ranks, "reader": kind, "state_bytes": report.full_bytes,
                 "changed": report.changed, "patch_bytes": report.patch_bytes, "tree_bytes": trees,
                 **_read(store, kind, first, second),
             }  # fmt: skip
 
 
 def _publish(
-    store: MemoryStore, ranks: int, slices: int, level: str, states: list[dict[str, torch.Tensor]]
+    store: MemoryStore, ranks: int, slices: int, cells: int, level: str, states: list[dict[str, torch.Tensor]]
 ) -> PublishReport:
     room: list[Any] = [None] * ranks
     barrier = threading.Barrier(ranks, timeout=600)
 
     def work(rank: int) -> PublishReport:
-        publisher = ShardedPublisher(store, group=_Ranks(rank, room, barrier), slices=slices, level=level, threads=1)
+        group = _Ranks(rank, room, barrier)
+        publisher = ShardedPublisher(store, group=group, slices=slices, group_cells=cells, level=level, threads=1)
         return [publisher.publish(_shards(state, f"rows, {rank + 1} of {ranks}")) for state in states][-1]
 
     with ThreadPoolExecutor(ranks) as pool:
