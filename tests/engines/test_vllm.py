@@ -20,6 +20,7 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs vLLM: make test-vllm"),
 ]
 SCRIPT = Path(__file__).with_name("vllm_serve.py")
+PATHS = [str(SCRIPT.parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]  # it imports from tests
 
 
 def keep(**row: Any) -> None:
@@ -37,7 +38,7 @@ def keep(**row: Any) -> None:
 def run(*words: str, timeout_s: float = 1700, **environment: str) -> list[dict[str, Any]]:
     done = subprocess.run(
         [sys.executable, str(SCRIPT), *words], capture_output=True, text=True, timeout=timeout_s,
-        env={**os.environ, **environment},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(PATHS), **environment},
     )  # fmt: skip
     lines = [line.removeprefix("RESULT ") for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
@@ -79,6 +80,18 @@ def test_the_weight_transfer_backend_does_the_same(tmp_path: Path, fresh: dict[i
     for found in versions:
         assert found["params"] == fresh[found["version"]]["params"]
         assert found["tokens"] == fresh[found["version"]]["tokens"]
+
+
+def test_versions_in_parts_are_followed_the_same(tmp_path: Path, fresh: dict[int, dict[str, Any]]) -> None:
+    """Two ranks publish; the copy on the host is kept in their chunks."""
+    versions = run("parts", str(tmp_path))
+    assert [found["version"] for found in versions] == [1, 2, 3, 4]
+    for found in versions:
+        assert found["params"] == fresh[found["version"]]["params"]
+        assert found["tokens"] == fresh[found["version"]]["tokens"]
+        if found["version"] > 1:
+            keys = ("version", "pause_s", "prepare_s", "elements", "bytes")
+            keep(what="between calls, in parts", **{key: found[key] for key in keys})
 
 
 @pytest.mark.parametrize("ranks", [1, 3])

@@ -1,7 +1,8 @@
 """Run by test_vllm in a process of its own: vLLM serves SmolLM2 while versions are published; prints JSON, a line each.
 
 ``fresh FOLDER``: load a checkpoint as vLLM does. ``follow``: an LLM follows between calls of generate. ``backend``: the
-same through vLLM's own weight-transfer calls. ``live``: an AsyncLLM follows while requests come in.
+same through vLLM's own weight-transfer calls. ``parts``: as ``follow``, of versions that two ranks publish in parts.
+``live``: an AsyncLLM follows while requests come in.
 """
 
 from __future__ import annotations
@@ -73,14 +74,14 @@ def smollm2() -> Path:
 class Trainer:
     """Publishes versions of SmolLM2, each with 1 % of all weights moved, and keeps them as checkpoints."""
 
-    def __init__(self, store: str, out: Path) -> None:
+    def __init__(self, store: str, out: Path, *, parts: bool = False) -> None:
         import torch
         from safetensors.torch import load_file
 
         import thinwire
 
         self.out, self.weights = out, load_file(smollm2() / "model.safetensors")
-        self.publisher = thinwire.Publisher(store)
+        self.publisher = InParts(store) if parts else thinwire.Publisher(store)
         self.generator = torch.Generator().manual_seed(0)
         self.version = 0
 
@@ -101,6 +102,31 @@ class Trainer:
         return self.publisher.publish(self.weights, step=self.version)
 
 
+class InParts:
+    """A publisher of two ranks, in threads, each with half of the rows of every tensor."""
+
+    def __init__(self, store: str) -> None:
+        import thinwire
+        from tests.sharded.threads import ranks
+
+        self.publishers = [thinwire.ShardedPublisher(store, group=rank, threads=1) for rank in ranks(2)]
+
+    def publish(self, weights: dict[str, Any], *, step: int) -> Any:
+        from functools import partial
+
+        from tests.sharded.threads import together
+        from thinwire.sync.shards import Slice
+
+        halves: list[dict[str, Slice]] = [{}, {}]
+        for name, tensor in weights.items():
+            shape, at = tuple(tensor.shape), tensor.shape[0] // 2
+            for half, rows, start in ((halves[0], tensor[:at], 0), (halves[1], tensor[at:], at)):
+                half[name] = Slice(rows, (start, *(0 for _ in shape[1:])), shape)
+        return together([
+            partial(publisher.publish, half, step=step) for publisher, half in zip(self.publishers, halves, strict=True)
+        ])[0]  # fmt: skip
+
+
 def fresh(folder: str) -> None:
     from vllm import LLM
 
@@ -108,7 +134,7 @@ def fresh(folder: str) -> None:
     say(tokens=answers(llm), params=held(llm))
 
 
-def offline(store: str, out: Path, *, backend: bool) -> None:
+def offline(store: str, out: Path, *, backend: bool, parts: bool) -> None:
     from vllm import LLM
 
     more: dict[str, Any] = (
@@ -117,7 +143,7 @@ def offline(store: str, out: Path, *, backend: bool) -> None:
     llm = LLM(str(smollm2()), **settings(load_format="dummy", **more))
     from thinwire.integrations.vllm_engine import Follower  # vLLM fails to start where Numba is loaded already
 
-    trainer = Trainer(store, out)
+    trainer = Trainer(store, out, parts=parts)
     trainer.publish()
     follower = None
     if backend:
@@ -210,4 +236,4 @@ if __name__ == "__main__":
         asyncio.run(live(str(where / "store"), where, int(sys.argv[3])))
     else:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-        offline(str(where / "store"), where, backend=kind == "backend")
+        offline(str(where / "store"), where, backend=kind == "backend", parts=kind == "parts")

@@ -19,7 +19,10 @@ import torch
 from thinwire.errors import MisuseError
 from thinwire.lab.sparserl.methods.base import Prepared, Setting, adamw
 
-__all__ = ["MaskedAdamW", "Subnetwork", "masked", "random_cells", "top_cells"]
+__all__ = ["MaskedAdamW", "Pick", "Subnetwork", "masked", "random_cells", "top_cells"]
+
+Pick = Callable[[Sequence[torch.Tensor], float], list[torch.Tensor]]
+"""From one score for each cell of some tensors, and a density, to sorted int64 flat positions by tensor."""
 
 
 def random_cells(params: Sequence[torch.Tensor], density: float, seed: int) -> list[torch.Tensor]:
@@ -98,19 +101,26 @@ class MaskedAdamW(torch.optim.Optimizer):
 
 
 class Subnetwork(MaskedAdamW):
-    """Looks for ``pilot`` steps, which move nothing, and then trains the cells whose squared gradients were largest.
+    """Looks for ``pilot`` steps, which move nothing, and then trains the cells that ``pick`` takes by the sums of their
+    squared gradients: the largest, unless another is given.
 
     ``chosen`` tells whether it has; before that, ``cells`` are those of ``stand_in``, as many.
     """
 
     def __init__(
-        self, params: Sequence[torch.Tensor], stand_in: Sequence[torch.Tensor], *, lr: float, pilot: int
+        self,
+        params: Sequence[torch.Tensor],
+        stand_in: Sequence[torch.Tensor],
+        *,
+        lr: float,
+        pilot: int,
+        pick: Pick = top_cells,
     ) -> None:
         if pilot < 1:
             raise MisuseError(f"pilot is {pilot}; give 1 step or more")
         super().__init__(params, stand_in, lr=lr)
         self._scores: list[torch.Tensor] | None = [torch.zeros_like(p) for p in self.tensors]
-        self._left = pilot
+        self._left, self._pick = pilot, pick
 
     @property
     def chosen(self) -> bool:
@@ -133,20 +143,21 @@ class Subnetwork(MaskedAdamW):
         if not self._left:
             count = sum(c.numel() for c in self.cells)
             total = sum(p.numel() for p in self.tensors)
-            self.cells = top_cells(self._scores, count / total)
+            self.cells = self._pick(self._scores, count / total)
             self.values = [p.detach().view(-1)[c].float() for p, c in zip(self.tensors, self.cells, strict=True)]
             self.inner = adamw(self.values, self.param_groups[0]["lr"])
             self._scores = None
         return loss
 
 
-def masked(model: Any, setting: Setting, density: float, *, pilot: int = 0) -> Prepared:
-    """``model`` prepared to be trained in ``density`` of its cells: random ones, or after ``pilot`` steps the best."""
+def masked(model: Any, setting: Setting, density: float, *, pilot: int = 0, pick: Pick = top_cells) -> Prepared:
+    """``model`` prepared to be trained in ``density`` of its cells: random ones, or after ``pilot`` steps those that
+    ``pick`` takes."""
     trained = dict(model.named_parameters())
     params = list(trained.values())
     cells = random_cells(params, density, setting.seed)
     if pilot:
-        optimiser: MaskedAdamW = Subnetwork(params, cells, lr=setting.lr, pilot=pilot)
+        optimiser: MaskedAdamW = Subnetwork(params, cells, lr=setting.lr, pilot=pilot, pick=pick)
     else:
         optimiser = MaskedAdamW(params, cells, lr=setting.lr)
 
