@@ -37,7 +37,7 @@ demo: $(VENV)/.demo ## the main job: a trainer and three workers, about three mi
 	$(PYTHON) -m thinwire demo --model $(MODEL) $(DEMO_ARGS)
 
 test: $(VENV)/.dev ## the default tests
-	$(PYTHON) -m pytest -n $(WORKERS)
+	$(PYTHON) -m pytest -n $(WORKERS) --dist worksteal
 
 test-slow: $(VENV)/.dev ## the tests that take minutes
 	$(PYTHON) -m pytest -m 'slow and not data' --timeout 1800
