@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given
@@ -9,7 +11,8 @@ from hypothesis import strategies as st
 
 from thinwire.errors import MisuseError
 from thinwire.lab.sparserl.masked import MaskedAdamW, Subnetwork, random_cells, top_cells
-from thinwire.lab.sparserl.methods.base import adamw
+from thinwire.lab.sparserl.methods.base import Setting, adamw
+from thinwire.lab.sparserl.registry import find
 
 SHAPES = [(7, 5), (11,), (), (0, 3), (4, 2, 3)]
 
@@ -74,6 +77,36 @@ def test_a_subnetwork_moves_nothing_until_it_is_found_and_then_only_itself() -> 
     for p, old, cells, much in zip(params, before, optimiser.cells, large, strict=True):
         assert (p != old).flatten().nonzero().flatten().tolist() == cells.tolist()
         assert bool((much.flatten()[cells] > 0).all())
+
+
+@pytest.mark.parametrize("name", ["top_of_each_tensor", "random_where_gradients"])
+def test_the_examples_pick_as_many_cells_as_they_say(name: str) -> None:
+    method = find("method", str(Path(__file__).parents[3] / "examples" / "sparserl" / f"{name}.py"))
+    source = torch.Generator().manual_seed(5)
+    model = torch.nn.Sequential(torch.nn.Linear(40, 50), torch.nn.Linear(50, 20))
+    scale = torch.tensor([1.0, 1.0, 30.0, 1.0])  # most of the large gradients lie in one tensor
+    ready = method.prepare(model, Setting(0.01, 8, 3))
+    optimiser = ready.optimiser
+    assert isinstance(optimiser, Subnetwork)
+    params = list(ready.trained.values())
+    scores = [torch.zeros_like(p) for p in params]
+    for _ in range(4):
+        assert not optimiser.chosen
+        for p, score, times in zip(params, scores, scale, strict=True):
+            p.grad = times * torch.randn(p.shape, generator=source)
+            score += p.grad.square()
+        optimiser.step()
+    assert optimiser.chosen
+    counts = [cells.numel() for cells in optimiser.cells]
+    largest = top_cells(scores, 0.01)
+    if name == "top_of_each_tensor":
+        assert counts == [20, 1, 10, 1]
+        for cells, score in zip(optimiser.cells, scores, strict=True):
+            assert torch.equal(cells, top_cells([score], cells.numel() / score.numel())[0])
+    else:
+        assert counts == [cells.numel() for cells in largest]
+        assert counts[2] > 25
+        assert not torch.equal(optimiser.cells[2], largest[2])
 
 
 def test_bf16_parameters_have_masters() -> None:
