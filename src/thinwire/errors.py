@@ -40,6 +40,7 @@ __all__ = [
     "UnsupportedError",
     "UntrustedError",
     "WrongBaseError",
+    "first_line",
 ]
 
 
@@ -147,3 +148,12 @@ class StoreUnavailableError(RetryError):
 
 class ObjectExistsError(ThinwireError):
     """A create-only put found the key taken. The publisher decides what that means."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what another library's error says, or its name if it says nothing: for a message of ours.
+
+    >>> first_line(OSError("no route\\nat all")), first_line(TimeoutError())
+    ('no route', 'TimeoutError')
+    """
+    return next(iter(str(error).splitlines()), "") or type(error).__name__

@@ -57,7 +57,7 @@ def test_credentials_are_not_in_the_url_shown(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_an_adapter_that_hangs_is_given_up(tmp_path: Path) -> None:
-    store = FsspecStore(f"local://{tmp_path}", timeout_s=0.05)
+    store = FsspecStore(f"local://{tmp_path}", timeout_s=0.05, skip_instance_cache=True)
     release = threading.Event()
     store._files.info = lambda _: release.wait(60)
     try:
@@ -69,7 +69,7 @@ def test_an_adapter_that_hangs_is_given_up(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("error", [OSError("reset"), RuntimeError("from a library"), TimeoutError()])
 def test_whatever_an_adapter_raises_is_wrapped(tmp_path: Path, error: Exception) -> None:
-    store = FsspecStore(f"local://{tmp_path}")
+    store = FsspecStore(f"local://{tmp_path}", skip_instance_cache=True)
 
     def fail(*_: object) -> None:
         raise error

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from thinwire.errors import MisuseError, RetryError
+from thinwire.errors import MisuseError, RetryError, first_line
 
 __all__ = ["TorchGroup"]
 
@@ -111,7 +111,7 @@ class TorchGroup:
         return list(torch.split(got.to(device), due))
 
     def _lost(self, error: RuntimeError) -> RetryError:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         return RetryError(
             f"rank {self._rank} lost the others during an exchange: one died, or did not answer within "
             f"{self._timeout_s:g} s ({reason}); start all ranks again from the last checkpoint",

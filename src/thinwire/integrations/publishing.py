@@ -87,7 +87,7 @@ class Publishing:
         dtype: publish floating-point tensors as this type, as workers serve them; None leaves them as they are.
         adapters: of a PEFT model, the adapter ``alone`` or the base with it ``merged`` in (:func:`state_to_publish`).
         sharded: publish with a :class:`~thinwire.sync.sharded_publisher.ShardedPublisher`: each process its own shards,
-            nothing is gathered. Engines, ``thinwire follow`` and ``ShardedConsumer`` follow that; ``Consumer`` does not.
+            nothing is gathered. Engines, ``thinwire follow`` and ``ShardedConsumer`` follow it; ``Consumer`` does not.
         wait: stay until a version is committed. By default only the pass over the weights holds the loop up, and the
             upload goes on behind it; the next version waits for that.
         metadata: strings for each version's manifest.

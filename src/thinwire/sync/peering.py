@@ -18,7 +18,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar, cast, final
 
-from thinwire.errors import MisuseError, RetryError, ThinwireError
+from thinwire.errors import MisuseError, RetryError, ThinwireError, first_line
 from thinwire.peers import Carrier, Joint, open_peers
 from thinwire.stores.encrypted import EncryptedStore
 from thinwire.stores.protocol import Blob, Distrust, Notify, ObjectInfo, Store
@@ -175,7 +175,7 @@ class PeerStore:
                 self._failed(f"no answer for {key}", at_once=True)
                 return None
         if came.error is not None:
-            self._failed(str(came.error) or type(came.error).__name__, at_once=not isinstance(came.error, RetryError))
+            self._failed(first_line(came.error), at_once=not isinstance(came.error, RetryError))
             return None
         data = came.data
         if data is not None and len(data) > size_max:

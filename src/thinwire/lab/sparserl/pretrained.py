@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from thinwire.errors import MisuseError, RetryError
+from thinwire.errors import MisuseError, RetryError, first_line
 from thinwire.lab.rollouts import Tokenizer
 
 __all__ = ["HubTokenizer", "pretrained_model", "pretrained_tokenizer"]
@@ -41,7 +41,7 @@ def _loaded(family: Any, name: str, **options: Any) -> Any:
     try:
         return family.from_pretrained(name, **options)
     except (OSError, ValueError) as error:
-        text = f"{name} could not be loaded: {str(error).splitlines()[0][:200]}"
+        text = f"{name} could not be loaded: {first_line(error)[:200]}"
         if Path(name).exists():
             raise MisuseError(f"{text}; it is no checkpoint of Transformers") from error
         raise RetryError(f"{text}; the Hub must be in reach once, or give the path of a folder") from error

@@ -22,7 +22,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from thinwire.errors import MalformedError, MisuseError
+from thinwire.errors import MalformedError, MisuseError, first_line
 from thinwire.lab.text.grammar import write_text
 
 __all__ = ["Source", "read_source"]
@@ -124,7 +124,7 @@ def _hugging_face(name: str) -> Source:
     try:
         found = datasets.load_dataset(path, config or None)
     except Exception as error:  # the library raises whatever its file systems do
-        raise MisuseError(f"Hugging Face has no {name} here: {str(error).splitlines()[0]}", data=name) from error
+        raise MisuseError(f"Hugging Face has no {name} here: {first_line(error)}", data=name) from error
     parts = []
     for split in ("train", "validation"):
         if split not in found or "text" not in found[split].column_names:

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from thinwire.errors import MalformedError, MisuseError
+from thinwire.errors import MalformedError, MisuseError, first_line
 from thinwire.lab.vision.idx import read_idx
 from thinwire.lab.vision.parquet import Arrays, decode_table, read_parquet
 
@@ -172,7 +172,7 @@ def _hugging_face(name: str) -> tuple[Arrays, Arrays]:
     try:
         found = datasets.load_dataset(name)
     except Exception as error:  # the library raises whatever its file systems do
-        raise MisuseError(f"Hugging Face has no {name} here: {str(error).splitlines()[0]}", data=name) from error
+        raise MisuseError(f"Hugging Face has no {name} here: {first_line(error)}", data=name) from error
     parts = []
     for split in ("train", "test"):
         if split not in found:
