@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import hmac
 import http.client
 import json
 import socket
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -275,3 +278,18 @@ def test_libtorrent_reads_what_we_write() -> None:
     assert (info.num_files(), info.total_size(), info.piece_length()) == (1, made.size, made.piece_bytes)
     assert (info.name(), info.priv()) == (made.name, True)
     assert info.hash_for_piece(0) == made.hashes[:20]
+
+
+def test_the_specification_has_the_descriptions_digests() -> None:
+    made = describe("objects/0000000002-0123456789ab/delta.safetensors", [bytes(range(256)) * 200])
+    text = (Path(__file__).parents[2] / "docs" / "spec" / "v1.md").read_text()
+    assert hashlib.sha256(made.encode()).hexdigest() in text
+    assert hashlib.sha1(made.info(), usedforsecurity=False).hexdigest() in text
+
+
+def test_a_ticket_bears_the_code_that_the_specification_says() -> None:
+    with Rendezvous("127.0.0.1") as meeting:
+        Tickets(meeting.addresses, holder="a", secret=b"k").put("objects/1/\u00e9", {"engine": "e", "size": 3})
+        (found,) = Tickets(meeting.addresses, holder="b", secret=b"k").get("objects/1/\u00e9")
+    plain = b'["objects/1/\\u00e9", {"engine": "e", "holder": "a", "size": 3}]'
+    assert found["code"] == hmac.new(b"k", b"thinwire ticket v1\n" + plain, hashlib.sha256).hexdigest()
