@@ -361,6 +361,25 @@ def test_the_tables_of_the_page_are_those_of_the_rows() -> None:
         assert f"`{metric}`" in page
 
 
+def test_the_table_of_choices_is_that_of_its_rows() -> None:
+    page = (ROOT / "docs" / "sparserl.md").read_text().partition("### Why drawing")[2].partition("## ")[0]
+    results = ROOT / "bench" / "results"
+    rows = read_summaries(results / "choice-of-weights.jsonl")
+    rows += [row for row in read_summaries(results / "sparserl-small.jsonl") if row["model"] == "llama-0.6m"]
+    for name in ("aspg_each_tensor", "random_where_gradients", "top_of_each_tensor", "aspg", "frozen-subnetwork"):
+        method = f"examples/sparserl/{name}.py" if "_" in name else name
+        found = compare(rows, method, "random-mask")
+        assert found is not None
+        assert found.student is not None
+        scores = [row["score"] for row in rows if row["method"] == method]
+        points, (low, high) = found.bootstrap, (found.student.low, found.student.high)
+        (line,) = (line for line in page.splitlines() if line.startswith(f"| {name} "))
+        assert line.endswith(
+            f"| {100 * sum(scores) / len(scores):.1f} | {100 * points.value:+.1f} ({100 * points.low:+.1f} to "
+            f"{100 * points.high:+.1f}) | {100 * low:+.1f} to {100 * high:+.1f} |"
+        )
+
+
 def test_configurations_name_nothing_unknown() -> None:
     for path in (ROOT / "configs").glob("sparserl-*.yaml"):
         suite_of(read_mapping(path))
