@@ -76,7 +76,6 @@ def test_workers_get_every_ranks_objects_from_the_ranks(encrypted: bool) -> None
             version.apply(mine)
             assert same_bits(mine, states[-1])
     assert not objects_got(asked)
-    assert all(publisher._peered is not None for publisher in publishers)
     together([publisher.close for publisher in publishers])
     late = empty_like(shards(states[0], SPEC, 0, 1))
     with ShardedConsumer(seen(asked), threads=1, peers=MemoryPeers(room)) as consumer:
@@ -143,6 +142,5 @@ def test_a_swarm_of_ranks() -> None:
     with ShardedConsumer(asked, threads=1, peers=torrent.Swarm(**local, rescue_s=30.0)) as consumer:
         consumer.load(mine)
     assert same_bits(mine, whole)
-    given = objects_got(asked)
-    assert all("anchor" not in key for key in given), given
+    assert not objects_got(asked)
     together([publisher.close for publisher in publishers])
